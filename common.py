@@ -1,0 +1,404 @@
+"""What every script shares: flags, device, datasets, Frechet distance, whole-or-nothing files, the record of a run.
+
+Nothing here knows of any experiment. torch is imported inside the functions that need it, so that `--help` and a
+mistyped flag answer at once instead of after the seconds that torch takes to load.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+START = time.time()
+
+
+# ---------------------------------------------------------------------------------------------- errors, for people
+
+
+class Failure(Exception):
+    """What went wrong, with which file or value, and what to do, in one line; the script ends with exit code 1."""
+
+    code = 1
+
+
+class Misuse(Failure):
+    """The command asks for something that makes no sense; exit code 2, as argparse does for an unknown flag."""
+
+    code = 2
+
+
+class Stopped(Failure):
+    """Ctrl-C, at a moment that can be resumed from; exit code 130, as shells have it."""
+
+    code = 130
+
+
+def run(main):
+    """Call `main()` as a script: what goes wrong ends in one line on stderr and an exit code, never in a traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except Failure as problem:
+        sys.exit(_say(f"{name}: error: {problem}", problem.code))
+    except OSError as problem:  # a full disk, a folder that may not be written
+        where = f": {problem.filename}" if problem.filename else ""
+        sys.exit(_say(f"{name}: error: {problem.strerror or problem}{where}", 1))
+    except KeyboardInterrupt:
+        sys.exit(_say(f"{name}: interrupted; nothing is half written, start the same command again", 130))
+
+
+def _say(line, code):
+    print(line, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Within the block the first Ctrl-C only sets `.pressed`, so that a loop can end between two steps; a second one
+    interrupts at once."""
+
+    class State:
+        pressed = False
+
+    def handler(*_):
+        State.pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield State
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------ flags and device
+
+
+def parser(doc, script, dataset, datasets):
+    """An argparse parser with the flags every script has; `--help` shows `doc` and every default."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    p = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
+    add = p.add_argument
+    add("--data", type=Path, default=Path("data"), help="folder of the datasets and downloaded weights")
+    add("--out", type=Path, default=Path("runs") / script, help="folder for what this run writes")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--seed", type=whole(0), default=0, help="seed of every random number")
+    add(
+        "--dataset",
+        choices=datasets,
+        default=dataset,
+        help="what to train on; auto: mnist, or glyphs without a network",
+    )
+    add("--limit", type=whole(1), help="use only the first N training images (default: all)", metavar="N")
+    return p
+
+
+def whole(least):
+    """An argparse type: a whole number of at least `least`."""
+
+    def number(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def positive(text):
+    """An argparse type: a positive finite number, also as a fraction such as 8/255."""
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def pick_device(name):
+    """The torch.device for `--device`: auto is CUDA where there is one, else Apple's GPU, else the CPU."""
+    import torch
+
+    torch.set_flush_denormal(True)  # Adam's moments decay into denormals, which a CPU multiplies 100 times slower
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in have.items() if there)
+    if not have[name]:
+        raise Misuse(f"--device {name}: this machine, or this build of torch, has none; use --device cpu")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------- files: whole or not at all
+
+
+def make_folder(folder):
+    """Create `folder` and prove that it can be written, so that a run of an hour doesn't find out at its end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as problem:
+        raise Failure(f"cannot write to {folder} ({problem.strerror}); choose another with --out") from None
+
+
+def write_whole(path, data):
+    """Write bytes to `path` under a temporary name, then rename: a reader finds the old file or the new one."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        with open(draft, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def save_npz(path, **arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def save_png(path, image):
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    write_whole(path, buffer.getvalue())
+
+
+def save_checkpoint(path, content):
+    """Write a dictionary of tensors, numbers and strings that `load_checkpoint` reads."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_checkpoint(path, kind, advice):
+    """The dictionary that a script saved with `content["kind"] == kind`, on the CPU.
+
+    Only tensors and plain values are ever unpickled (`weights_only=True`): a hostile file is refused, not run.
+    Raises Failure, ending in `advice`, if the file is absent, damaged, hostile or another program's.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"there is no {path}; {advice}") from None
+    except OSError as problem:
+        raise Failure(f"cannot read {path} ({problem.strerror}); {advice}") from None
+    except Exception:  # torch has no one exception for what is wrong with a file; whichever it is, the advice stands
+        raise Failure(f"{path} is damaged, or no checkpoint of this project; {advice}") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
+    return content
+
+
+# -------------------------------------------------------------------------------------------------- the record of a run
+
+
+def wilson(hits, n, z=1.959964):
+    """A rate with its 95 % interval, as `{"rate", "low", "high", "n"}` (Wilson 1927)."""
+    p, q = hits / n, z * z / n
+    centre, half = (p + q / 2) / (1 + q), (p * (1 - p) * q + q * q / 4) ** 0.5 / (1 + q)
+    return {"rate": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def percent(rate):
+    """A `wilson` record for a line of text."""
+    return f"{rate['rate']:.2%} [{rate['low']:.2%}, {rate['high']:.2%}] of {rate['n']:,}"
+
+
+def write_results(args, numbers, **facts):
+    """Write `results.json`: how the numbers came about (command, settings, machine, versions), and the numbers."""
+    import PIL
+    import scipy
+    import torch
+    import torchvision
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "settings": {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()},
+        **facts,
+        "cpu_threads": torch.get_num_threads(),
+        "machine": platform.platform(),
+        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, scipy, PIL)},
+        "python": platform.python_version(),
+        "git": git.stdout.strip() or None,
+        "seconds": round(time.time() - START, 1),
+        **numbers,
+    }
+    write_whole(args.out / "results.json", json.dumps(record, indent=2).encode() + b"\n")
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------- Frechet distance
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet distance between Gaussians."""
+    import scipy.linalg
+
+    w, v = scipy.linalg.eigh(sigma1)
+    r = (v * np.sqrt(np.clip(w, 0, None))) @ v.T
+    e = scipy.linalg.eigvalsh(r @ sigma2 @ r)
+    return float(
+        ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.clip(e, 0, None)).sum()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+
+def read_idx(path):
+    """The array in an IDX file of unsigned bytes (LeCun's MNIST page); gzipped, if only `path`.gz is there."""
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
+    except (OSError, EOFError, zlib.error) as problem:
+        raise Failure(f"cannot read {path} ({problem}); delete it, and it is downloaded again") from None
+    dims = data[3] if len(data) > 3 else 0
+    start = 4 + 4 * dims
+    if data[:3] != b"\0\0\x08" or not 1 <= dims <= 3 or len(data) < start:
+        raise Failure(f"{path} is not an IDX file of bytes; delete it, and it is downloaded again")
+    shape = tuple(np.frombuffer(data, ">u4", dims, offset=4).tolist())
+    if len(data) - start != math.prod(shape):
+        raise Failure(
+            f"{path} is truncated or damaged: {len(data) - start:,} bytes of data where its header says {shape}; "
+            "delete it, and it is downloaded again"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def mnist_files(data_dir, train):
+    """The paths of a split's images and labels."""
+    split = "train" if train else "t10k"
+    return [Path(data_dir) / "MNIST" / "raw" / f"{split}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
+
+
+def fetch_mnist(data_dir):
+    """Have torchvision download MNIST (hashes checked) into `data_dir`, unless its four files are there already."""
+    files = mnist_files(data_dir, True) + mnist_files(data_dir, False)
+    missing = [f.name for f in files if not f.exists() and not f.with_name(f.name + ".gz").exists()]
+    if not missing:
+        return
+    raw = files[0].parent
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw) as draft, contextlib.redirect_stdout(sys.stderr):
+            from torchvision.datasets import MNIST
+
+            before = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(20)  # seconds without a byte; torchvision itself would wait for ever
+            try:
+                MNIST(draft, download=True)
+            finally:
+                socket.setdefaulttimeout(before)
+            for f in files:
+                os.replace(Path(draft) / "MNIST" / "raw" / f.name, f)
+    except (OSError, RuntimeError) as problem:  # no network, mirrors gone, wrong hash, a folder that may not be written
+        raise Failure(
+            f"MNIST could not be downloaded ({str(problem).splitlines()[0]}); put {', '.join(missing)} into {raw}, "
+            "or use --dataset glyphs, which needs no file"
+        ) from None
+
+
+def load_mnist(data_dir, train=True):
+    """MNIST's digits from `data_dir`/MNIST/raw, downloaded if absent.
+
+    Returns images (N, 1, 28, 28) float32 in [0, 1] and labels (N,) int64, N = 60,000 or, if not `train`, 10,000.
+    Raises Failure, naming the files and the folder, if they are absent and can't be downloaded, or are damaged.
+    """
+    import torch
+
+    fetch_mnist(data_dir)
+    images, labels = map(read_idx, paths := mnist_files(data_dir, train))
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not len(labels) or labels.max() > 9:
+        raise Failure(
+            f"{paths[0]} and {paths[1].name} are not MNIST: images {images.shape}, labels {labels.shape}; "
+            "delete them, and they are downloaded again"
+        )
+    return torch.from_numpy(images.astype(np.float32) / 255).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
+
+
+def glyphs(n, seed=0):
+    """`n` digits in Pillow's built-in font, each with its own stroke width, rotation, shear, scale and place.
+
+    Returns images (n, 1, 28, 28) float32 in [0, 1], white on black, and labels (n,) int64, classes equally often;
+    the same for the same `n` and `seed`.
+    """
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image, ImageDraw, ImageFont
+
+    canvas, strokes = 56, 4
+    prototypes = np.zeros((10, strokes, canvas, canvas), np.float32)
+    for digit in range(10):
+        for stroke in range(strokes):
+            image = Image.new("L", (canvas, canvas))
+            ImageDraw.Draw(image).text(
+                (canvas / 2, canvas / 2), str(digit), 255, ImageFont.load_default(40), "mm", stroke_width=stroke
+            )
+            prototypes[digit, stroke] = np.asarray(image) / np.float32(255)
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % 10
+    width = torch.randint(strokes, (n,), generator=rng)
+    angle, shear, x, y, scale_x, scale_y = (torch.rand(6, n, generator=rng) * 2 - 1).unbind()
+    angle, shear = 0.3 * angle, 0.3 * shear  # radians: 17 degrees to either side
+    a, b = torch.cos(angle) / (0.8 + 0.15 * scale_x), -torch.sin(angle) / (0.8 + 0.15 * scale_y)
+    c, d = -b, a
+    affine = torch.stack([torch.stack([a, b + shear, 0.15 * x], 1), torch.stack([c, d, 0.15 * y], 1)], 1)
+    images = torch.empty(n, 1, 28, 28)
+    for part in torch.arange(n).split(2000):
+        drawn = torch.from_numpy(prototypes)[labels[part], width[part]].unsqueeze(1)
+        grid = F.affine_grid(affine[part], (len(part), 1, canvas, canvas), align_corners=False)
+        images[part] = F.avg_pool2d(F.grid_sample(drawn, grid, align_corners=False), 2)
+    return images.clamp_(0, 1), labels
+
+
+def load_digits(name, data_dir, train=True, limit=None):
+    """The digits that `--dataset` names: `mnist`, `glyphs`, or `auto`: MNIST where it is or can be had, else glyphs.
+
+    Returns (name of the set used, images, labels) as `load_mnist` and `glyphs` do; glyphs are as many as MNIST's.
+    """
+    if name == "auto":
+        try:
+            fetch_mnist(data_dir)
+            name = "mnist"
+        except Failure as problem:
+            name = "glyphs"
+            if train:
+                print(f"\n{'*' * 100}\nWARNING: {problem}\nGoing on with GLYPHS, drawn digits: "
+                      f"NO NUMBER OF THIS RUN IS A RESULT ON MNIST.\n{'*' * 100}\n", file=sys.stderr)  # fmt: skip
+    if name == "glyphs":
+        images, labels = glyphs(limit or 60_000, 0) if train else glyphs(10_000, 1)
+    else:
+        images, labels = load_mnist(data_dir, train)
+    return name, images[:limit], labels[:limit]
