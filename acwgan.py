@@ -1,66 +1,43 @@
 """Week 1: an AC-WGAN-GP on MNIST.
 
-The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028) whose generator is told
-which digit to draw and is held to it by an auxiliary classifier (Odena et al. 2017, arXiv 1610.09585), and showed 32
-"nice" samples. This script trains one, draws the same figure, and measures: how often an independent classifier reads
-the digit that was asked for, and how far the samples are from MNIST's test images.
+The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028) whose generator is
+told which digit to draw and is held to it by an auxiliary classifier (Odena et al. 2017, arXiv 1610.09585), and showed
+32 "nice" samples. This script trains one, draws the same figure, and measures: how often an independent classifier
+reads the digit that was asked for, and how far the samples are from MNIST's test images.
 
     python acwgan.py                          the default run, minutes on two CPU cores
-    python acwgan.py --epochs 50              the run of the README
+    python acwgan.py --epochs 50              the README's run
     python acwgan.py --epochs 50 --resume     goes on where that run was stopped
-    python acwgan.py --benchmark              where the time of a training step goes
+    python acwgan.py --benchmark              what a training step costs, and what each speed-up saves
 
-Writes into --out: checkpoint.pt, samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png, results.json.
+Writes into --out: checkpoint.pt, samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and
+results.json; and reader.pt, the classifier that measures.
 """
 
-import copy
-import math
-import time
-
-from common import (
-    Failure,
-    Misuse,
-    Stopped,
-    ctrl_c,
-    frechet_distance,
-    load_checkpoint,
-    load_digits,
-    make_folder,
-    parser,
-    percent,
-    pick_device,
-    positive,
-    run,
-    save_checkpoint,
-    save_npz,
-    save_png,
-    whole,
-    wilson,
-    write_results,
-)
+import common
 
 
 def settings(argv=None):
-    """The flags. A default is what reached the README's quality soonest on two CPU cores; in brackets, the log's."""
-    p = parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"))
-    add = p.add_argument
-    add("--epochs", type=whole(1), default=3, help="passes over the training images [about 13]")
+    """The flags. A default is what reached the README's quality soonest on two CPU cores; the log's is in brackets."""
+    p = common.parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"))
+    add, whole, positive = p.add_argument, common.whole, common.positive
+    add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
     add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
     add("--critic-steps", type=whole(1), default=1, help="critic steps per generator step, on one real batch [5]")
     add("--critic-lr", type=positive, default=2e-3, help="Adam's step size for the critic [1e-4]")
     add("--generator-lr", type=positive, default=4e-3, help="Adam's step size for the generator [1e-4]")
-    add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
     add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes, to 0 at the end [none]")
+    add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
     add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty, lambda [10]")
-    add("--penalty-share", type=positive, default=0.5, help="share of the batch it is taken on [1]")
-    add("--latent", type=whole(11), default=74, help="the generator's input numbers, ten of them the class [100]")
+    add("--penalty-share", type=positive, default=0.5, help="share of the batch the penalty is taken on [1]")
+    add("--latent", type=whole(11), default=74, help="the generator's input numbers, the class's ten included [100]")
     add("--image-size", type=int, choices=(28, 64), default=28, help="pixels the networks work at [64]")
-    add("--width", type=whole(1), default=32, help="channels of the networks' widest maps; multiplied by depth [64]")
-    add("--average", type=float, default=0.999, help="decay per step of the averaged generator; 0: no averaging [0]")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--samples", type=whole(10), default=10_000, help="images in samples.npz and in every measured number")
+    add("--width", type=whole(1), default=32, help="channels of both networks at the finest scale [64]")
+    add("--average", type=float, default=0.999, help="decay per step of the averaged generator; 0: none [0]")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where hardware has it [fp32]")
+    add("--samples", type=whole(10), default=10_000, help="images in samples.npz and behind every measured number")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--benchmark", action="store_true", help="time the training step as it is and without each speed-up, and stop")
+    add("--benchmark", action="store_true", help="only time the training step, with and without each speed-up")
     args = p.parse_args(argv)
     if not (0 <= args.average < 1 and args.beta2 < 1 and args.penalty_share <= 1):
         p.error("--average must lie in [0, 1), --beta2 in (0, 1), --penalty-share in (0, 1]")
@@ -70,7 +47,11 @@ def settings(argv=None):
 
 
 if __name__ == "__main__":
-    settings()  # --help and a mistyped flag answer before torch loads
+    settings()  # --help and a mistyped flag answer before torch loads, which takes seconds
+
+import copy
+import math
+import time
 
 import numpy as np
 import torch
@@ -87,34 +68,30 @@ CLASSES = 10
 def leaky_relu(x):
     """max(x, x / 5), written as a product with a constant.
 
-    The gradient penalty differentiates the backward pass, and there autograd's own leaky ReLU sends its second
+    The gradient penalty differentiates the backward pass, and there torch's own leaky ReLU sends its second
     derivative, all zeros, back through the whole network once more. A constant slope has nothing to send.
     """
     return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
 class Generator(nn.Module):
-    """Draws the digits it is asked for: latent (N, latent) and labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
+    """Draws the digits it is asked for: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
 
     As in the log, the first ten latent numbers are overwritten by the one-hot label, and the network is DCGAN's
-    (Radford et al. 2015): transposed convolutions with batch norm. It starts at 7 or 8 pixels; its last doubling is a
-    pixel shuffle, because a convolution to one channel keeps a CPU's vector units idle.
+    (Radford et al. 2015): transposed convolutions with batch norm. It starts at 7 or 8 pixels; the last doubling is a
+    pixel shuffle, because a convolution to a single channel leaves a CPU's vector units idle.
     """
 
     def __init__(self, latent=74, width=32, image_size=28):
         super().__init__()
-        self.latent, self.image_size = latent, image_size
-        self.start = {28: 7, 64: 8}[image_size]
-        doublings = (image_size // self.start).bit_length() - 2  # but the pixel shuffle's
-        wide = width << doublings + 1
-        self.project = nn.Linear(latent, wide * self.start**2, bias=False)
-        layers = [nn.BatchNorm2d(wide), nn.ReLU()]
-        layers += [nn.Conv2d(wide, wide // 2, 3, 1, 1, bias=False), nn.BatchNorm2d(wide // 2), nn.ReLU()]
-        for depth in range(doublings):
-            c = wide >> depth + 1
-            layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU()]
-        self.draw = nn.Sequential(*layers, nn.Conv2d(width, 4, 3, 1, 1), nn.PixelShuffle(2), nn.Sigmoid())
-        self.to(memory_format=torch.channels_last)
+        self.latent, self.start, doublings = latent, *{28: (7, 1), 64: (8, 2)}[image_size]
+        c = width << doublings + 1
+        self.project = nn.Linear(latent, c * self.start**2, bias=False)
+        layers = [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 3, 1, 1, bias=False)]
+        for c in [c >> depth for depth in range(1, doublings + 1)]:
+            layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1), nn.PixelShuffle(2), nn.Sigmoid()]
+        self.draw = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
         code = torch.cat([F.one_hot(labels, CLASSES).to(latent), latent[:, CLASSES:]], 1)
@@ -123,22 +100,21 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images (N, 1, S, S) in [0, 1] -> Wasserstein score (N,) and the auxiliary classifier's logits (N, 10).
+    """Images (N, 1, S, S) in [0, 1] -> Wasserstein scores (N,) and the auxiliary classifier's logits (N, 10).
 
-    Critic and classifier share a trunk without any normalisation: the penalty holds each example's gradient, so no
-    example's score may depend on another's. The first layer sees 2x2 pixels as four channels, again for the CPU.
+    Critic and classifier share a trunk without any normalisation: the penalty holds each example's own gradient, so
+    no example's score may depend on another's. The first layer sees 2x2 pixels as four channels, again for the CPU.
     """
 
     def __init__(self, width=32, image_size=28):
         super().__init__()
-        doublings = {28: 1, 64: 2}[image_size]
+        side, doublings = {28: (7, 1), 64: (8, 2)}[image_size]
         self.unshuffle = nn.PixelUnshuffle(2)
-        self.layers = nn.ModuleList([nn.Conv2d(4, width, 3, 1, 1)])
-        self.layers += [nn.Conv2d(width << d, width << d + 1, 4, 2, 1) for d in range(doublings)]
-        self.layers += [nn.Conv2d(width << doublings, width << doublings + 1, 3, 1, 1)]
-        side = image_size // 2 >> doublings
+        layers = [nn.Conv2d(4, width, 3, 1, 1)]
+        layers += [nn.Conv2d(width << d, width << d + 1, 4, 2, 1) for d in range(doublings)]
+        layers += [nn.Conv2d(width << doublings, width << doublings + 1, 3, 1, 1)]
+        self.layers = nn.ModuleList(layers).to(memory_format=torch.channels_last)
         self.heads = nn.Linear((width << doublings + 1) * side**2, 1 + CLASSES)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         maps = self.unshuffle(2 * images - 1).contiguous(memory_format=torch.channels_last)
@@ -151,8 +127,8 @@ class Critic(nn.Module):
 class DigitReader(nn.Module):
     """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
 
-    `features` are the 64 numbers before its last layer, the space of our Frechet distance. It shares no weight, no
-    architecture and no random number with the networks that train.
+    The 64 `features` before its last layer are the space of our Frechet distance. It shares no weight, no random
+    number and no architecture with the networks it judges, and no loss ever sees it.
     """
 
     def __init__(self):
@@ -161,10 +137,8 @@ class DigitReader(nn.Module):
         def block(c_in, c_out, stride):
             return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
 
-        self.features = nn.Sequential(
-            nn.PixelUnshuffle(2), *block(4, 32, 1), *block(32, 64, 2), *block(64, 64, 1), *block(64, 128, 2),
-            nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU(),
-        )  # fmt: skip
+        blocks = [*block(4, 32, 1), *block(32, 64, 2), *block(64, 64, 1), *block(64, 128, 2)]
+        self.features = nn.Sequential(nn.PixelUnshuffle(2), *blocks, nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU())
         self.head = nn.Linear(64, CLASSES)
         self.to(memory_format=torch.channels_last)
 
@@ -176,7 +150,7 @@ class DigitReader(nn.Module):
 
 
 def gradient_penalty(critic, real, fake, rng=None):
-    """Mean of (||grad score(x)||_2 - 1)^2 over x = u * real + (1 - u) * fake (Gulrajani et al. 2017, algorithm 1).
+    """Mean of (||grad score(x)||_2 - 1)^2 at x = u * real + (1 - u) * fake (Gulrajani et al. 2017, algorithm 1).
 
     `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per example, not per pixel,
     and the norm is over all of an example's pixels. Returns a scalar that can be differentiated once more.
@@ -187,23 +161,22 @@ def gradient_penalty(critic, real, fake, rng=None):
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def critic_loss(critic, real, labels, fake, penalty, share=1.0):
-    """What the critic descends: -(Wasserstein estimate) + penalty * gradient penalty + auxiliary loss on real images.
+def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
+    """What the critic descends: penalty * gradient penalty + auxiliary loss on real images - Wasserstein estimate.
 
-    The penalty is taken on the first `share` of the batch: it is a mean either way, and its double backward is the
-    dearest part of a step. Returns (loss, dictionary of its parts).
+    The gradient penalty is taken on the first `share` of the batch: a mean either way, and its double backward is the
+    dearest part of a step. Returns (loss, its parts by name).
     """
-    n = len(real)
+    n, k = len(real), math.ceil(len(real) * share)
     scores, logits = critic(torch.cat([real, fake]))
     wasserstein = scores[:n].mean() - scores[n:].mean()
-    k = max(1, round(n * share))
-    gp = gradient_penalty(critic, real[:k], fake[:k])
     auxiliary = F.cross_entropy(logits[:n], labels)
+    gp = gradient_penalty(critic, real[:k], fake[:k])
     return penalty * gp + auxiliary - wasserstein, {"wasserstein": wasserstein, "penalty": gp, "auxiliary": auxiliary}
 
 
 def generator_loss(critic, fake, labels):
-    """What the generator descends: minus its critic score, plus the auxiliary loss on the class it was asked for."""
+    """What the generator descends: the auxiliary loss on the classes it was asked for, minus the critic's score."""
     scores, logits = critic(fake)
     return F.cross_entropy(logits, labels) - scores.mean()
 
@@ -212,116 +185,112 @@ def generator_loss(critic, fake, labels):
 
 
 class Training:
-    """The networks, their optimisers and the position of a run: all that a checkpoint holds."""
+    """The networks, their optimisers and the position of a run: what a checkpoint holds."""
 
-    def __init__(self, args, device, dataset, n):
+    def __init__(self, args, device, dataset, size):
         torch.manual_seed(args.seed)
         self.args, self.device, self.steps, self.seconds, self.history = args, device, 0, 0.0, []
         self.bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
-        elsewhere = ("data", "out", "device", "limit", "samples", "resume", "benchmark")  # these don't shape a training
-        self.shape = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        self.shape |= {"dataset": dataset, "dataset_size": n, "precision": "bf16" if self.bf16 else "fp32"}
         self.generator = Generator(args.latent, args.width, args.image_size).to(device)
         self.critic = Critic(args.width, args.image_size).to(device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        fused, betas = device.type != "mps", (0.0, args.beta2)
+        betas, fused = (0.0, args.beta2), device.type != "mps"
         self.generator_adam = torch.optim.Adam(self.generator.parameters(), args.generator_lr, betas, fused=fused)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=fused)
+        self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
+        elsewhere = ("data", "out", "device", "limit", "samples", "resume", "benchmark")  # these shape no weight
+        self.shape = {name: value for name, value in vars(args).items() if name not in elsewhere}
+        self.shape |= {"dataset": dataset, "dataset_size": size, "precision": "bf16" if self.bf16 else "fp32"}
 
     def step(self, real, labels, remaining=1.0):
-        """`critic_steps` critic updates and one generator update on real images (N, 1, S, S) in [0, 1].
+        """`critic_steps` updates of the critic and one of the generator on real images (N, 1, S, S) in [0, 1].
 
-        `remaining` is the share of the run still to come, for the learning rate. Returns the losses' parts as tensors.
+        `remaining` is the share of the run still to come, for the step size. Returns the losses' parts as tensors.
         """
-        args, n = self.args, len(real)
+        args = self.args
         if args.decay == "linear":
             self.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
             self.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
-        for last in [False] * (args.critic_steps - 1) + [True]:
-            with torch.set_grad_enabled(last), self.autocast():  # the last fake batch serves the generator's update too
-                drawn = self.generator(self.noise(n), labels).float()
+
+        for critic_step in range(args.critic_steps):
+            latent = torch.randn(len(real), args.latent, device=self.device)
+            # the generator's own update takes the last fake batch, and needs its graph
+            with self.autocast(), torch.set_grad_enabled(critic_step == args.critic_steps - 1):
+                fake = self.generator(latent, labels).float()
             with self.autocast():
-                loss, parts = critic_loss(self.critic, real, labels, drawn.detach(), args.penalty, args.penalty_share)
+                loss, parts = critic_loss(self.critic, real, labels, fake.detach(), args.penalty, args.penalty_share)
             self.critic_adam.zero_grad()
             loss.backward()
             self.critic_adam.step()
 
         self.critic.requires_grad_(False)
         with self.autocast():
-            parts["generator"] = generator_loss(self.critic, drawn, labels)
+            parts["generator"] = generator_loss(self.critic, fake, labels)
         self.generator_adam.zero_grad()
         parts["generator"].backward()
         self.generator_adam.step()
         self.critic.requires_grad_(True)
 
         self.steps += 1
-        keep = min(args.average, 1 - 8 / (self.steps + 8))  # early on the average is short, or it would hold noise
+        keep = min(args.average, 1 - 8 / (self.steps + 8))  # short at first, or it would go on showing the noise
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - keep)
-            for mean, now in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-                mean.copy_(now)
+            for mine, its in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+                mine.copy_(its)
         return parts
-
-    def noise(self, n):
-        return torch.randn(n, self.args.latent, device=self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    PARTS = ("generator", "critic", "average", "generator_adam", "critic_adam")
 
     def save(self, path):
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         position = {"steps": self.steps, "seconds": self.seconds, "history": self.history, "random": random}
-        networks = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        save_checkpoint(path, {"kind": "acwgan", "shape": self.shape, **position, **networks})
+        networks = {name: getattr(self, name).state_dict() for name in self.parts}
+        common.save_checkpoint(path, {"kind": "acwgan", "shape": self.shape, **position, **networks})
 
     def load(self, path):
-        """Go on from the checkpoint at `path`. Raises Misuse if it was trained with other settings."""
+        """Take over the checkpoint at `path`. Raises Misuse if there is none, or one of other settings."""
+        anew = "leave out --resume to train from the start"
         if not path.exists():
-            raise Misuse(f"there is nothing to resume: no {path}; leave out --resume to train from the start")
-        there = load_checkpoint(path, "acwgan", "leave out --resume to train from the start")
-        shape = there.get("shape", {})
-        if differs := [f"{k} is {shape.get(k)} there, {v} here" for k, v in self.shape.items() if shape.get(k) != v]:
-            raise Misuse(f"--resume contradicts {path}: {'; '.join(differs)}")
+            raise common.Misuse(f"there is nothing to resume: no {path}; {anew}")
+        there = common.load_checkpoint(path, "acwgan", anew)
         try:
-            for name in self.PARTS:
+            if differ := [k for k in self.shape if self.shape[k] != there["shape"].get(k)]:
+                here = ", ".join(f"{k} {there['shape'].get(k)} there and {self.shape[k]} here" for k in differ)
+                raise common.Misuse(f"--resume contradicts {path}: {here}")
+            for name in self.parts:
                 getattr(self, name).load_state_dict(there[name])
             self.steps, self.seconds, self.history = there["steps"], there["seconds"], there["history"]
             torch.set_rng_state(there["random"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in there["random"]:
+            if self.device.type == "cuda":
                 torch.cuda.set_rng_state(there["random"]["cuda"], self.device)
-        except (KeyError, TypeError, RuntimeError, ValueError) as problem:
-            raise Failure(f"{path} does not fit this version ({problem!r:.200}); train anew without --resume") from None
+        except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as problem:
+            raise common.Failure(f"{path} does not fit this version ({problem!r:.99}); {anew}") from None
 
 
 def has_bf16(device):
-    """Whether `device` multiplies bfloat16 in hardware; elsewhere it is emulated, and slower than float32."""
+    """Whether `device` multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def epoch_order(n, seed, epoch):
-    """The order in which an epoch sees the training images; a run resumed in its middle finds the same."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
 def train(training, images, labels, evaluate):
-    """Train to the end of the last epoch; a checkpoint is kept once a minute, after each epoch, and at Ctrl-C."""
+    """Train to the end of the last epoch; a checkpoint is written once a minute, after each epoch, and at Ctrl-C."""
     args, path = training.args, training.args.out / "checkpoint.pt"
     per_epoch = len(images) // args.batch_size
     total = args.epochs * per_epoch
     began, saved, order_of = time.time() - training.seconds, time.time(), None
-    with ctrl_c() as stop, tqdm(total=total, initial=training.steps, unit="step", disable=None) as bar:
+    with common.ctrl_c() as stop, tqdm(total=total, initial=training.steps, unit="step", disable=None) as bar:
         while training.steps < total:
             epoch, i = divmod(training.steps, per_epoch)
-            if epoch != order_of:
-                order, order_of = epoch_order(len(images), args.seed, epoch).to(images.device), epoch
+            if epoch != order_of:  # each epoch's order has its own seed, so that a run resumed within it finds it again
+                rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+                order, order_of = torch.randperm(len(images), generator=rng).to(images.device), epoch
             batch = order[i * args.batch_size :][: args.batch_size]
-            parts = training.step(fit(images[batch], args.image_size), labels[batch], 1 - training.steps / total)
+            parts = training.step(resize(images[batch], args.image_size), labels[batch], 1 - training.steps / total)
             training.seconds = time.time() - began
             bar.update()
 
@@ -331,8 +300,8 @@ def train(training, images, labels, evaluate):
                 values = {name: value.item() for name, value in parts.items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
                 if not all(map(math.isfinite, values.values())):
-                    raise Failure(
-                        f"a loss is no longer a number at step {training.steps:,} ({values}); {path} holds the last "
+                    raise common.Failure(
+                        f"a loss is not a number any more at step {training.steps:,} ({values}); {path} holds the last "
                         "good state; start anew with a lower --critic-lr and --generator-lr"
                     )
             if epoch_ends and (epoch + 1) % 10 == 0 and training.steps < total:
@@ -341,68 +310,62 @@ def train(training, images, labels, evaluate):
                 training.save(path)
                 saved = time.time()
             if stop.pressed:
-                raise Stopped(f"stopped; {path} holds step {training.steps:,} of {total:,}, --resume goes on from it")
+                raise common.Stopped(f"stopped at step {training.steps:,} of {total:,}; --resume goes on from {path}")
 
 
-def fit(images, size):
-    """Images (N, 1, H, W) in [0, 1] at the networks' size, smoothed where they shrink."""
+def resize(images, size):
+    """Images (N, 1, H, W) in [0, 1] at `size` pixels, smoothed where they shrink."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------- sampling and measuring
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def generate(generator, labels, seed):
-    """Images (N, 1, 28, 28) float32 in [0, 1], as an 8-bit file holds them, for labels (N,) int64.
+    """Images (N, 1, 28, 28) in [0, 1], rounded as an 8-bit file holds them, for labels (N,) int64.
 
-    The latent numbers depend on `seed` and N alone, on every device; so (seed, i) names one sample of a generator.
+    The latent numbers depend on `seed` and N alone, on every device: two generators can be shown the same ones.
     """
     latent = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))
     drawn = [generator(z.to(labels.device), y) for z, y in zip(latent.split(1000), labels.split(1000), strict=True)]
-    return (fit(torch.cat(drawn), 28) * 255).round() / 255
-
-
-@torch.no_grad()
-def read(reader, images):
-    """The reader's answers: features (N, 64) as float64 in NumPy, and labels (N,) int64."""
-    features = torch.cat([reader.features(part) for part in images.split(1000)])
-    return features.double().cpu().numpy(), reader.head(features).argmax(1)
+    return (resize(torch.cat(drawn), 28) * 255).round() / 255
 
 
 def digit_reader(out, dataset, images, labels):
-    """The reader for these training images: the one kept in `out`, or else a new one, kept there."""
-    path, kind = out / "reader.pt", f"digit reader of {len(images)} {dataset} images"
+    """The reader for these training images: the one kept in `out`, or a new one, then kept there."""
+    path, kind = out / "reader.pt", f"digit reader for {len(images)} {dataset} images"
     reader = DigitReader().to(images.device)
     if path.exists():
-        advice = "delete it, or choose another --out; a reader is trained where there is none"
+        anew = "delete it and a new one is trained, or choose another --out"
         try:
-            reader.load_state_dict(load_checkpoint(path, kind, advice)["network"])
+            reader.load_state_dict(common.load_checkpoint(path, kind, anew)["network"])
         except (KeyError, RuntimeError):
-            raise Failure(f"{path} does not fit this version; {advice}") from None
+            raise common.Failure(f"{path} does not fit this version; {anew}") from None
         return reader.eval().requires_grad_(False)
-    reader = train_reader(images, labels)
-    save_checkpoint(path, {"kind": kind, "network": reader.state_dict()})
+    reader = train_reader(reader, images, labels)
+    common.save_checkpoint(path, {"kind": kind, "network": reader.state_dict()})
     return reader
 
 
-def train_reader(images, labels, seed=1234, epochs=3, batch=128):
-    """A `DigitReader` trained on digits (N, 1, 28, 28) that are moved by up to 2 pixels: 99.5 % on MNIST."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        reader = DigitReader().to(images.device)
-    rng = torch.Generator().manual_seed(seed)
-    batch = min(batch, len(images))
-    total = epochs * (len(images) // batch)
+def train_reader(reader, images, labels, seed=1234):
+    """Train on digits moved by up to 2 pixels, with a one-cycle step size (Smith & Topin 2018)."""
+    rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
+    epochs = max(3, 300 * batch // len(images))
+    with torch.no_grad():  # weights from the reader's own seed, so that it is the same beside every GAN
+        for weight in reader.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5)
+    orders = [torch.randperm(len(images), generator=rng)[: len(images) // batch * batch] for _ in range(epochs)]
+    batches = torch.cat(orders).split(batch)
     adam = torch.optim.AdamW(reader.parameters(), weight_decay=0.01, fused=images.device.type != "mps")
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, total, pct_start=0.2)
-    batches = (order for _ in range(epochs) for order in torch.randperm(len(images), generator=rng).split(batch))
-    for order in tqdm((b for b in batches if len(b) == batch), "digit reader", total, unit="step", disable=None):
-        dx, dy = torch.randint(5, (2,), generator=rng)
-        moved = F.pad(images[order.to(images.device)], (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
-        loss = F.cross_entropy(reader(moved), labels[order.to(images.device)], label_smoothing=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, len(batches), pct_start=0.2)
+    for order in tqdm(batches, "digit reader", unit="step", disable=None):
+        order, (dx, dy) = order.to(images.device), torch.randint(5, (2,), generator=rng)
+        moved = F.pad(images[order], (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
+        loss = F.cross_entropy(reader(moved), labels[order], label_smoothing=0.05)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -410,28 +373,35 @@ def train_reader(images, labels, seed=1234, epochs=3, batch=128):
     return reader.eval().requires_grad_(False)
 
 
-def statistics(features):
-    """Mean (D,) and covariance (D, D) of features (N, D)."""
-    return features.mean(0), np.cov(features, rowvar=False)
+@torch.no_grad()
+def read(reader, images):
+    """The reader's features (N, 64), float64 in NumPy, and the labels it reads, (N,) int64."""
+    features = torch.cat([reader.features(part) for part in images.split(1000)])
+    return features.double().cpu().numpy(), reader.head(features).argmax(1)
+
+
+def reader_distance(features, reference):
+    """Frechet distance between two sets of the reader's features, (N, 64) and (M, 64). Not Inception FID."""
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (features, reference)]
+    return common.frechet_distance(*moments[0], *moments[1])
 
 
 def measure(training, reader, samples, asked, images, test_images):
     """The numbers of the report on samples (N, 1, 28, 28) that were asked for the classes `asked` (N,)."""
-    n = len(samples)
     features, answers = read(reader, samples)
-    test = statistics(read(reader, test_images)[0])
-    distance = frechet_distance(*statistics(features), *test)
-    floor = frechet_distance(*statistics(read(reader, images[:n])[0]), *test)
+    reference = read(reader, test_images)[0]
+    distance = reader_distance(features, reference)
+    floor = reader_distance(read(reader, images[: len(samples)])[0], reference)
 
-    real, fake = (fit(x[:1000], training.args.image_size) for x in (test_images, samples))
-    k = min(len(real), len(fake))
+    k = min(1000, len(samples), len(test_images))
+    real, fake = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
     u = torch.rand(k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).to(real.device)
-    between = (u * real[:k] + (1 - u) * fake[:k]).requires_grad_()
+    between = (u * real + (1 - u) * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(training.critic(between)[0].sum(), between)
     with torch.no_grad():
         wasserstein = training.critic(real)[0].mean() - training.critic(fake)[0].mean()
     return {
-        "asked_class_read": wilson((answers == asked).sum().item(), n),
+        "asked_class_read": common.wilson((answers == asked).sum().item(), len(asked)),
         "frechet_distance_reader_features": distance,
         "frechet_distance_floor": floor,
         "frechet_distance_over_floor": distance / floor,
@@ -443,118 +413,118 @@ def measure(training, reader, samples, asked, images, test_images):
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def figure(samples, sample_labels, images, labels):
-    """The log's figure: 4x8 generated digits above 4x8 real digits of the same classes, each under its class."""
-    zoom, cell, rows, columns, title = 2, 28 * 2 + 18, 4, 8, 30
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
-    wanted = [i % CLASSES for i in range(rows * columns)]
-    page = Image.new("L", (columns * cell + 8, 2 * (rows * cell + title) + 8), 0)
-    ink, top = ImageDraw.Draw(page), 0
-    for name, digits, classes in (("generated", samples, sample_labels), ("real", images, labels)):
-        ink.text((8, top + 6), name, 255, font)
-        pools = [iter((classes == c).nonzero().flatten().tolist()) for c in range(CLASSES)]
-        for i, c in enumerate(wanted):
+def figure(samples, asked, images, labels):
+    """The log's figure: 4x8 generated digits above 4x8 real ones of the same classes, each with its class."""
+    cell, rows, columns, title = 76, 4, 8, 30
+    page = Image.new("L", (columns * cell + 8, 2 * (rows * cell + title)))
+    ink, font = ImageDraw.Draw(page), ImageFont.load_default
+    for top, name, digits, classes in ((0, "generated", samples, asked), (page.height // 2, "real", images, labels)):
+        ink.text((8, top + 5), name, 255, font(18))
+        pools = [iter(digits[classes == c, 0].cpu()) for c in range(CLASSES)]
+        for i in range(rows * columns):
             x, y = 8 + i % columns * cell, top + title + i // columns * cell
-            ink.text((x, y), str(c), 160, small)
-            if (index := next(pools[c], None)) is not None:
-                digit = Image.fromarray((digits[index, 0] * 255).round().byte().cpu().numpy())
-                page.paste(digit.resize((28 * zoom, 28 * zoom), Image.NEAREST), (x + 9, y))
-        top += rows * cell + title
+            ink.text((x, y), str(i % CLASSES), 160, font(13))
+            if (digit := next(pools[i % CLASSES], None)) is not None:
+                image = Image.fromarray((digit * 255).round().byte().numpy())
+                page.paste(image.resize((56, 56), Image.NEAREST), (x + 10, y))
     return page
 
 
 def benchmark(args, images, labels):
-    """Time a training step as it is and without each speed-up, interleaved; print and return the ratios."""
+    """Time a training step as it is and without each speed-up, in turn; print and return milliseconds per step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    device, batch = images.device, slice(args.batch_size)
-    real, classes = fit(images[batch], args.image_size), labels[batch]
     ours, torchs = leaky_relu, lambda x: F.leaky_relu(x, 0.2)
+    real, classes = resize(images[: args.batch_size], args.image_size), labels[: args.batch_size]
 
-    def without(activation=ours, memory_format=torch.channels_last, foreach=False, **flags):
-        training = Training(type(args)(**{**vars(args), **flags}), device, args.dataset, len(images))
-        training.generator.to(memory_format=memory_format)
-        training.critic.to(memory_format=memory_format)
-        if foreach:
-            for adam in (training.generator_adam, training.critic_adam):
-                adam.param_groups[0].update(fused=False, foreach=False)
-        return training, activation
+    def variant(activation=ours, layout=torch.channels_last, fused=True, **flags):
+        training = Training(type(args)(**vars(args) | flags), images.device, args.dataset, len(images))
+        training.generator.to(memory_format=layout)
+        training.critic.to(memory_format=layout)
+        for adam in (training.generator_adam, training.critic_adam):
+            adam.param_groups[0]["fused"] &= fused
+        return activation, training
 
+    slow = {"activation": torchs, "layout": torch.contiguous_format, "fused": False}
     variants = {
-        "as it is": without(),
-        "without bf16": without(precision="fp32"),
-        "penalty on the whole batch": without(penalty_share=1.0),
-        "torch's leaky_relu": without(torchs),
-        "weights not channels-last": without(memory_format=torch.contiguous_format),
-        "Adam not fused": without(foreach=True),
-        "none of them": without(torchs, torch.contiguous_format, True, precision="fp32", penalty_share=1.0),
+        "as it is": variant(),
+        "in float32": variant(precision="fp32"),
+        "penalty on the whole batch": variant(penalty_share=1.0),
+        "torch's leaky_relu": variant(torchs),
+        "weights not channels-last": variant(layout=torch.contiguous_format),
+        "Adam not fused": variant(fused=False),
+        "all of these": variant(**slow, precision="fp32", penalty_share=1.0),
     }
     times = {name: [] for name in variants}
-    for turn in tqdm(range(33), disable=None):
-        for name, (training, activation) in variants.items():
-            globals()["leaky_relu"] = activation
+    for turn in tqdm(range(35), unit="turn", disable=None):
+        for name, (globals()["leaky_relu"], training) in variants.items():
             began = time.perf_counter()
             training.step(real, classes)["generator"].item()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - began)
+            times[name] += [time.perf_counter() - began] * (turn >= 5)
     globals()["leaky_relu"] = ours
-    with FlopCounterMode(display=False) as flops:
-        variants["as it is"][0].step(real, classes)
     median = {name: float(np.median(t)) for name, t in times.items()}
+    training, n = variants["as it is"][1], len(real)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        training.generator(torch.randn(n, args.latent, device=real.device), classes)
+        drawn = counter.get_total_flops()
+        training.critic(real)
+    scored = counter.get_total_flops() - drawn
+    # a backward pass costs a forward one for the inputs and one for the weights; the penalty is forward, backward to
+    # the images, and both of these once more for the weights
+    per_critic_step = scored * (2 * 3 + 4 * math.ceil(n * args.penalty_share) / n) + drawn
+    flop = args.critic_steps * per_critic_step + 2 * drawn + 2 * scored
     for name, seconds in median.items():
-        print(
-            f"{name:28} {seconds * 1e3:7.2f} ms/step  {args.batch_size / seconds:7,.0f} images/s  {seconds / median['as it is']:5.2f}x"
-        )
-    print(f"{flops.get_total_flops() / 1e9:.2f} GFLOP/step")
-    return {"milliseconds_per_step": {n: s * 1e3 for n, s in median.items()}, "flop_per_step": flops.get_total_flops()}
+        rate = f"{args.batch_size / seconds:7,.0f} images/s {flop / seconds / 1e9:6.0f} GFLOP/s"
+        print(f"{name:28}{seconds * 1e3:7.2f} ms/step {seconds / median['as it is']:6.2f}x {rate}")
+    return median
 
 
 def main(argv=None):
-    """Train, sample, measure, write everything into --out; returns the numbers of results.json."""
+    """Train, sample, measure and write everything into --out; returns what results.json holds."""
     args = settings(argv)
-    device = pick_device(args.device)
-    make_folder(args.out)
-    path = args.out / "checkpoint.pt"
-    dataset, images, labels = load_digits(args.dataset, args.data, True, args.limit)
-    _, test_images, test_labels = load_digits(dataset, args.data, False)
-    if len(images) < args.batch_size:
-        raise Misuse(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
+    device = common.pick_device(args.device)
+    common.make_folder(args.out)
+    dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
+    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
     images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
+    if len(images) < args.batch_size:
+        raise common.Misuse(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
     if args.benchmark:
         return benchmark(args, images, labels)
 
     training = Training(args, device, dataset, len(images))
     if args.resume:
-        training.load(path)
+        training.load(args.out / "checkpoint.pt")
     reader = digit_reader(args.out, dataset, images, labels)
-    accuracy = wilson((read(reader, test_images)[1] == test_labels).sum().item(), len(test_labels))
-    print(f"{dataset}: the independent digit reader reads {percent(accuracy)} real test digits correctly")
+    accuracy = common.wilson((read(reader, test_images)[1] == test_labels).sum().item(), len(test_labels))
+    print(f"{dataset}: the independent digit reader is right on {common.percent(accuracy)} real test digits")
     asked = torch.arange(args.samples, device=device) % CLASSES
 
     def evaluate():
-        samples = generate(training.average, asked, args.seed)
-        numbers = measure(training, reader, samples, asked, images, test_images)
+        numbers = measure(training, reader, generate(training.average, asked, args.seed), asked, images, test_images)
+        rate, ratio = common.percent(numbers["asked_class_read"]), numbers["frechet_distance_over_floor"]
         print(
-            f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from "
-            f"{percent(numbers['asked_class_read'])} samples; Frechet distance to the test images (reader's features) "
-            f"{numbers['frechet_distance_reader_features']:.3f}, {numbers['frechet_distance_over_floor']:.2f}x the floor"
+            f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from {rate} samples; "
+            f"Frechet distance to the test images (reader's features) {ratio:.2f}x that of real training images"
         )
         return {"step": training.steps, "training_seconds": round(training.seconds, 1), **numbers}
 
     train(training, images, labels, evaluate)
     numbers = evaluate()
     samples = generate(training.average, asked, args.seed)
-    save_npz(
-        args.out / "samples.npz",
-        images=(samples[:, 0] * 255).round().byte().cpu().numpy(),
-        labels=asked.cpu().numpy(),
-    )
-    save_png(args.out / "AC-WGAN_GP.png", figure(samples, asked, test_images, test_labels))
+    pixels = (samples[:, 0] * 255).round().byte().cpu().numpy()
+    common.save_npz(args.out / "samples.npz", images=pixels, labels=asked.cpu().numpy())
+    common.save_png(args.out / "AC-WGAN_GP.png", figure(samples, asked, test_images, test_labels))
     numbers |= {"reader_accuracy_on_test_images": accuracy, "history": training.history}
-    facts = {"dataset": dataset, "dataset_size": len(images), "device": str(device), "bf16": training.bf16}
-    print(f"everything is in {args.out}")
-    return write_results(args, numbers, **facts)
+    facts = {
+        "dataset": dataset,
+        "dataset_size": len(images),
+        "device": str(device),
+        "precision": training.shape["precision"],
+    }
+    print(f"{args.out} holds checkpoint.pt, samples.npz, AC-WGAN_GP.png and results.json")
+    return common.write_results(args, numbers, **facts)
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)
