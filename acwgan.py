@@ -120,7 +120,7 @@ class Critic(nn.Module):
         maps = self.unshuffle(2 * images - 1).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             maps = leaky_relu(layer(maps))
-        out = self.heads(maps.flatten(1)).float()
+        out = self.heads(maps.flatten(1)).to(self.heads.weight.dtype)  # not bfloat16: losses are means of these
         return out[:, 0], out[:, 1:]
 
 

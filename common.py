@@ -264,15 +264,158 @@ def write_results(args, numbers, **facts):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance between Gaussians."""
+    """||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2)): squared Frechet distance of two Gaussians (Dowson & Landau 1982).
+
+    Means (D,) and covariances (D, D), taken to float64; returns a float. FID is this on Inception features (Heusel et
+    al. 2017, arXiv 1706.08500). Raises ValueError for shapes that don't match and for numbers that aren't finite.
+    """
     import scipy.linalg
 
-    w, v = scipy.linalg.eigh(sigma1)
-    r = (v * np.sqrt(np.clip(w, 0, None))) @ v.T
-    e = scipy.linalg.eigvalsh(r @ sigma2 @ r)
-    return float(
-        ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(np.clip(e, 0, None)).sum()
-    )
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
+    d = mu1.shape[-1] if mu1.ndim == 1 else -1
+    if not (mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
+        shapes = ", ".join(str(x.shape) for x in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"means must be (D,) and covariances (D, D) with one D; got {shapes}")
+    if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("a mean or covariance is not finite: were there fewer than two samples, or NaN features?")
+    try:
+        pivots = [np.diag(scipy.linalg.cholesky(s, lower=True)) for s in (sigma1, sigma2)]
+        singular = any(p.min() < 1e-6 * p.max() for p in pivots)
+    except np.linalg.LinAlgError:
+        singular = True
+    if singular:  # sqrtm is wrong by percents here: rounding turns zero eigenvalues of S1 S2 negative or complex
+        cross = np.linalg.norm(_root(sigma1).T @ _root(sigma2), "nuc")
+    else:
+        cross = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def _root(sigma):
+    """F (D, rank) with F F^T = sigma, from the eigenvalues that rounding leaves above zero."""
+    values, vectors = np.linalg.eigh(sigma)
+    keep = values > values[-1] * len(values) * np.finfo(float).eps
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def frechet_distance_torch(x, y):
+    """The same distance from features, differentiable: x (N, D) and y (M, D), N and M at least 2; returns a scalar.
+
+    With A, B the centred features over sqrt(n - 1), S1 = A^T A and S2 = B^T B, and tr sqrt(S1 S2) is the nuclear norm
+    of A B^T (N, M). So few samples need neither a (D, D) root nor one of zero; and where samples outnumber dimensions,
+    QR shrinks A to its triangle first. The nuclear norm's gradient is the polar factor U V^T (Watson 1992); it is
+    used as it stands, because autograd's way through an SVD divides by differences of singular values.
+    Computes in float64 where the device has it. Raises ValueError as `frechet_distance` does.
+    """
+    import torch
+
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features must be (N, D) and (M, D) with one D; got {tuple(x.shape)} and {tuple(y.shape)}")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"a covariance needs at least two samples; got {len(x)} and {len(y)}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("a feature is not finite")
+    dtype, exact = x.dtype, torch.float32 if x.device.type == "mps" else torch.float64
+    x, y = x.to(exact), y.to(exact)
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    with torch.no_grad():
+        (qa, ra), (qb, rb) = (torch.linalg.qr(z) if len(z) > z.shape[1] else (None, z) for z in (a, b))
+        u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
+        keep = (
+            s > s.max() * max(ra.shape[0], rb.shape[0]) * torch.finfo(exact).eps
+        )  # a null direction has no polar factor
+        polar = u[:, keep] @ vh[keep]
+        grad_a, grad_b = polar @ rb, polar.T @ ra
+        grad_a, grad_b = (g if q is None else q @ g for q, g in ((qa, grad_a), (qb, grad_b)))
+    cross = (a * grad_a).sum() + (b * grad_b).sum() - s.sum()  # = s.sum(), with the gradients of the nuclear norm
+    return ((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * cross).to(dtype)
+
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # TensorFlow's Inception of that day; the end is its SHA-256's start
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+
+
+def fetch(url, path, sha256=None):
+    """Download `url` to `path`, whole or not at all, checked against the first digits of its SHA-256.
+
+    Raises Failure in one line that says which file to put where.
+    """
+    import torch.hub
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without a byte; urllib itself would wait for ever
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as problem:  # no network, gone, wrong hash, no room, a folder not to be written
+        raise Failure(
+            f"could not download {url} ({problem}); put that file into {path.parent} as {path.name}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def inception_network(weights, device="cpu"):
+    """The Inception v3 that FID is defined on: images (N, 3, 299, 299) in [-1, 1] -> its 2,048 pooled features.
+
+    TensorFlow's network of 2015-12-05 as patches of torchvision's: 1,008 outputs, average pooling that doesn't count
+    the padding, and max pooling in the last block. `weights`: path of that network's published state dict.
+    """
+    import torch
+    import torch.nn.functional as F
+    from torchvision.models import inception_v3
+
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    advice = f"put {INCEPTION} from {INCEPTION_URL} there"
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"there is no {weights}; {advice}") from None
+    except Exception:  # torch has no one exception for a damaged or hostile file
+        raise Failure(f"{weights} is damaged, or no file of weights; {advice}") from None
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        raise Failure(f"{weights} does not hold the weights of FID's Inception network; {advice}") from None
+
+    def uncount_padding(_, pooled):  # torchvision has divided every 3x3 sum by 9, also where padding was part of it
+        inside = F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, 1, 1)
+        return pooled[0] / inside
+
+    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"):
+        getattr(network, name).branch_pool.register_forward_pre_hook(uncount_padding)
+    last, seen = network.Mixed_7c, []
+    last.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    last.branch_pool.register_forward_pre_hook(lambda _, pooled: F.max_pool2d(seen.pop(), 3, 1, 1))
+    network.fc = torch.nn.Identity()
+    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def inception_features(images, weights=None, device="cpu", batch=50):
+    """FID's features (N, 2048), a float32 array, of images (N, 1 or 3, H, W) in [0, 1]; one channel stands for three.
+
+    `weights`: path of `INCEPTION`; None: data/, where it is downloaded once. Raises ValueError for other images, and
+    Failure for weights that are absent or another network's.
+    """
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+
+    images = torch.as_tensor(images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must be (N, 1 or 3, H, W); got {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (images.is_floating_point() and 0 <= low <= high <= 1):
+        raise ValueError(f"images must be floats in [0, 1]; got {images.dtype} from {low} to {high}")
+    if weights is None and not (weights := Path("data") / INCEPTION).exists():
+        fetch(INCEPTION_URL, weights, INCEPTION[-12:-4])
+    network, features = inception_network(weights, device), []
+    with torch.inference_mode(), tqdm(total=len(images), desc="Inception", unit="image", disable=None) as bar:
+        for part in images.split(batch):
+            part = part.to(device, torch.float32).expand(-1, 3, -1, -1)
+            part = F.interpolate(part, (299, 299), mode="bilinear", align_corners=False)
+            features.append(network(2 * part - 1).cpu())
+            bar.update(len(part))
+    return torch.cat(features).numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets

@@ -1,0 +1,593 @@
+"""Every test: `pytest test_all.py`. No network, no file but what the tests make; minutes on two CPU cores."""
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import acwgan
+import common
+
+HERE = Path(__file__).parent
+SMALL = ["--dataset", "glyphs", "--limit", "640", "--samples", "200", "--width", "8", "--epochs", "2"]
+
+
+def script(*command, cwd=None, **kwargs):
+    """Run a script as a user does; returns the finished process with its text."""
+    command = [sys.executable, HERE / command[0], *map(str, command[1:])]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280, **kwargs)
+
+
+def fails(process, code, *words):
+    """Assert that a script ended with `code` and one clear line that holds all `words`."""
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, last
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path):
+    """A folder with 40 + 20 made-up digits in MNIST's format."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for train, n in ((True, 40), (False, 20)):
+        images, labels = common.mnist_files(tmp_path / "data", train)
+        write_idx(images, rng.integers(0, 256, (n, 28, 28)))
+        write_idx(labels, np.arange(n) % 10)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """An uninterrupted small run: its folder and what `main` returned."""
+    out = tmp_path_factory.mktemp("run")
+    return out, acwgan.main([*SMALL, "--out", str(out)])
+
+
+# ---------------------------------------------------------------------------------------------------- common: datasets
+
+
+def test_idx_files_are_read_byte_for_byte_plain_and_gzipped(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
+    write_idx(tmp_path / "plain", array)
+    (tmp_path / "packed.gz").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    assert np.array_equal(common.read_idx(tmp_path / "plain"), array)
+    assert np.array_equal(common.read_idx(tmp_path / "packed"), array)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data[:9], "IDX"),
+        (lambda data: b"", "IDX"),
+        (lambda data: b"<html>not found</html>", "IDX"),
+        (lambda data: data + b"x", "damaged"),
+    ],
+)
+def test_a_damaged_idx_file_is_named(tmp_path, damage, word):
+    write_idx(tmp_path / "digits", np.zeros((2, 3, 3)))
+    (tmp_path / "digits").write_bytes(damage((tmp_path / "digits").read_bytes()))
+    with pytest.raises(common.Failure, match=f"digits.*{word}"):
+        common.read_idx(tmp_path / "digits")
+
+
+def test_mnist_is_float_images_in_0_1_and_integer_labels(tiny_mnist):
+    images, labels = common.load_mnist(tiny_mnist, train=False)
+    assert images.shape == (20, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    raw = common.read_idx(common.mnist_files(tiny_mnist, False)[0])
+    assert torch.equal((images[:, 0] * 255).round().byte(), torch.from_numpy(raw.copy()))
+
+
+def test_files_that_are_idx_but_not_mnist_are_refused(tiny_mnist):
+    write_idx(common.mnist_files(tiny_mnist, True)[1], np.full(40, 11))
+    with pytest.raises(common.Failure, match="not MNIST"):
+        common.load_mnist(tiny_mnist)
+
+
+def test_glyphs_are_the_same_for_a_seed_and_as_many_of_each_class():
+    images, labels = common.glyphs(500, seed=3)
+    assert torch.equal(images, common.glyphs(500, seed=3)[0])
+    assert not torch.equal(images, common.glyphs(500, seed=4)[0])
+    assert labels.bincount().tolist() == [50] * 10
+    assert images.shape == (500, 1, 28, 28)
+    assert 0 == images.min() < 0.9 < images.max() <= 1
+    assert images[:, :, :1].mean() < 0.02  # no digit is cut off by the border
+
+
+# ------------------------------------------------------------------------------------------- common: files and records
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    common.write_whole(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        common.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_hostile_checkpoints_are_refused_and_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"kind": "acwgan", "networks": Hostile()}, tmp_path / "torch.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("torch.pt", "pickle.pt"):
+        with pytest.raises(common.Failure, match="damaged"):
+            common.load_checkpoint(tmp_path / name, "acwgan", "")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 7), (9930, 10_000)])
+def test_wilson_intervals_equal_scipys(hits, n):
+    ours = common.wilson(hits, n)
+    theirs = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert (ours["low"], ours["high"]) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+
+
+def test_numbers_on_the_command_line_may_be_fractions():
+    assert common.positive("8/255") == pytest.approx(8 / 255)
+    for text in ("8/0", "eight", "", "-1", "nan", "1/2/3", "inf"):
+        with pytest.raises(common.argparse.ArgumentTypeError):
+            common.positive(text)
+
+
+# --------------------------------------------------------------------------------------------- common: Frechet distance
+
+
+def moments(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def exact_distance(x, y):
+    """The distance from (N, D) features by another route: tr sqrt(S1 S2) as the nuclear norm of the cross-Gram."""
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum() - 2 * nuclear
+
+
+@pytest.mark.parametrize("zeros", [0, 5])
+def test_frechet_distance_equals_the_closed_form_for_commuting_covariances(zeros):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    v1, v2, mu = rng.uniform(0.1, 9, 30), rng.uniform(0.1, 9, 30), rng.normal(size=30)
+    v1[:zeros] = 0
+    closed = np.square(mu).sum() + np.square(np.sqrt(v1) - np.sqrt(v2)).sum()
+    ours = common.frechet_distance(mu, basis * v1 @ basis.T, 0 * mu, basis * v2 @ basis.T)
+    assert ours == pytest.approx(closed, rel=1e-9)
+
+
+def test_both_frechet_distances_are_exact_with_fewer_samples_than_dimensions():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 256)), 1.5 * rng.normal(size=(60, 256)) + 0.1
+    truth = exact_distance(x, y)
+    assert common.frechet_distance(*moments(x), *moments(y)) == pytest.approx(truth, rel=1e-6)
+    assert common.frechet_distance_torch(*map(torch.from_numpy, (x, y))).item() == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(8, 9), (40, 50), (8, 50)])
+def test_both_frechet_distances_agree_whichever_is_more_samples_or_dimensions(n, m):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(n, 16)), rng.normal(size=(m, 16)) * 2
+    x[:, 3] = y[:, 5] = 0  # dead features, as ReLUs have
+    torchs = common.frechet_distance_torch(*map(torch.from_numpy, (x, y))).item()
+    assert torchs == pytest.approx(common.frechet_distance(*moments(x), *moments(y)), rel=1e-6)
+    assert torchs == pytest.approx(exact_distance(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(6, 7, 12), (20, 15, 5), (4, 30, 9)])
+def test_the_frechet_gradient_agrees_with_finite_differences(n, m, d):
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(k, d, generator=rng, dtype=torch.float64, requires_grad=True) for k in (n, m))
+    assert torch.autograd.gradcheck(common.frechet_distance_torch, (x, y), atol=1e-6)
+
+
+def test_the_frechet_gradient_is_finite_in_float32_and_for_identical_samples():
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).relu().requires_grad_()
+    y = torch.randn(24, 64, generator=torch.Generator().manual_seed(1)).relu()
+    for other in (y, x.detach()):
+        distance = common.frechet_distance_torch(x, other)
+        (gradient,) = torch.autograd.grad(distance, x)
+        assert distance.dtype == torch.float32
+        assert gradient.isfinite().all()
+    assert abs(distance.item()) < 1e-5
+    x32, x64 = (x.detach().to(t).requires_grad_() for t in (torch.float32, torch.float64))
+    g32, g64 = (torch.autograd.grad(common.frechet_distance_torch(z, y.to(z)), z)[0] for z in (x32, x64))
+    assert torch.allclose(g32.double(), g64, rtol=1e-4, atol=1e-6)
+
+
+def test_descending_the_frechet_distance_moves_samples_onto_the_reference():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 8, generator=rng).requires_grad_()
+    y = 3 * torch.randn(64, 8, generator=rng) + 2
+    before = common.frechet_distance_torch(x, y).item()
+    adam = torch.optim.Adam([x], 0.1)
+    for _ in range(200):
+        adam.zero_grad()
+        common.frechet_distance_torch(x, y).backward()
+        adam.step()
+    assert common.frechet_distance_torch(x, y).item() < before / 1000
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (torch.zeros(1, 4), torch.zeros(5, 4)),
+        (torch.zeros(5, 4), torch.zeros(5, 3)),
+        (torch.full((5, 4), torch.nan), torch.zeros(5, 4)),
+        (torch.zeros(5), torch.zeros(5)),
+    ],
+)
+def test_features_without_a_frechet_distance_are_refused(x, y):
+    with pytest.raises(ValueError, match=r"samples|features|finite"):
+        common.frechet_distance_torch(x, y)
+
+
+def test_moments_without_a_frechet_distance_are_refused():
+    eye = np.eye(3)
+    for mu, sigma, word in ((np.zeros(2), eye, "got"), (np.zeros(3), eye * np.nan, "finite"), (0, 0, "got")):
+        with pytest.raises(ValueError, match=word):
+            common.frechet_distance(mu, sigma, np.zeros(3), eye)
+
+
+# -------------------------------------------------------------------------------------------------- common: Inception
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights in the published file's format."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict(), path)
+    return path
+
+
+def test_inception_pools_as_tensorflows_does(inception_file):
+    network = common.inception_network(inception_file)
+    x = torch.randn(2, 288, 9, 9)
+    with torch.no_grad():
+        block = network.Mixed_5d
+        pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        last = block.branch_pool.bn(block.branch_pool.conv(pooled)).relu()
+        assert torch.allclose(block(x)[:, -64:], last, atol=1e-5)
+        x = torch.randn(2, 2048, 4, 4)
+        block = network.Mixed_7c
+        pooled = F.max_pool2d(x, 3, 1, 1)
+        last = block.branch_pool.bn(block.branch_pool.conv(pooled)).relu()
+        assert torch.allclose(block(x)[:, -192:], last, atol=1e-5)
+
+
+def test_inception_features_of_grey_images_are_those_of_three_equal_channels(inception_file):
+    grey = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = common.inception_features(grey, inception_file)
+    assert features.shape == (3, 2048)
+    assert np.isfinite(features).all()
+    assert np.allclose(
+        features, common.inception_features(grey.expand(-1, 3, -1, -1), inception_file, batch=2), rtol=1e-4
+    )
+
+
+def test_images_that_inception_does_not_take_are_refused(inception_file):
+    for images in (
+        torch.zeros(2, 2, 8, 8),
+        torch.full((1, 1, 8, 8), 1.1),
+        torch.full((1, 1, 8, 8), torch.nan),
+        torch.zeros(0, 1, 8, 8),
+        torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+    ):
+        with pytest.raises(ValueError, match="images must be"):
+            common.inception_features(images, inception_file)
+
+
+def test_a_weight_file_that_is_not_inceptions_is_named(tmp_path):
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("not found")
+    for name, word in (("other.pth", "does not hold"), ("text.pth", "damaged"), ("none.pth", "there is no")):
+        with pytest.raises(common.Failure, match=f"{name}.*{word}|{word}.*{name}"):
+            common.inception_features(torch.zeros(1, 1, 8, 8), tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------- week 1: networks
+
+
+class LinearCritic(nn.Module):
+    """score(x) = w . x, whose gradient is w everywhere."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(w)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x.flatten(1) @ self.w, None
+
+
+def test_the_gradient_penalty_of_a_linear_critic_is_its_closed_form():
+    w = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    critic = LinearCritic(w)
+    penalty = acwgan.gradient_penalty(critic, torch.rand(5, 1, 3, 4).double(), torch.rand(5, 1, 3, 4).double())
+    assert penalty.item() == pytest.approx((w.norm() - 1).square().item())
+    (gradient,) = torch.autograd.grad(penalty, critic.w)
+    assert torch.allclose(gradient, 2 * (w.norm() - 1) * w / w.norm())
+
+
+def test_the_gradient_penalty_agrees_with_finite_differences():
+    torch.manual_seed(0)
+    critic = acwgan.Critic(width=4).double()
+    real, fake = torch.rand(2, 3, 1, 28, 28, dtype=torch.float64)
+    real.requires_grad_(False)
+
+    def seeded(rng=0):
+        return torch.Generator().manual_seed(rng)
+
+    u = torch.rand(3, 1, 1, 1, generator=seeded())
+    x = (u * real + (1 - u) * fake).flatten(1)
+    step, slopes = 1e-6, torch.zeros_like(x)
+    with torch.no_grad():
+        for pixel in range(784):
+            nudge = torch.zeros(784, dtype=torch.float64)
+            nudge[pixel] = step
+            up, down = (critic((x + s * nudge).view(3, 1, 28, 28))[0] for s in (1, -1))
+            slopes[:, pixel] = (up - down) / (2 * step)
+    penalty = acwgan.gradient_penalty(critic, real, fake, seeded())
+    assert penalty.item() == pytest.approx((slopes.norm(dim=1) - 1).square().mean().item(), rel=1e-4)
+
+    weight = critic.layers[1].weight
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    index = (1, 2, 0, 1)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[index] += sign * step
+        values.append(acwgan.gradient_penalty(critic, real, fake, seeded()).item())
+        with torch.no_grad():
+            weight[index] -= sign * step
+    assert gradient[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3)
+
+
+def test_the_penalty_interpolates_with_one_factor_per_example():
+    critic = LinearCritic(torch.ones(784))
+    acwgan.gradient_penalty(critic, torch.ones(64, 1, 28, 28), torch.zeros(64, 1, 28, 28))
+    factors = critic.seen[0].flatten(1)
+    assert torch.equal(factors.min(1).values, factors.max(1).values)
+    assert scipy.stats.kstest(factors[:, 0].detach().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_our_leaky_relu_is_torchs_to_the_second_derivative():
+    torch.manual_seed(0)
+    w = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for activation in (acwgan.leaky_relu, lambda t: F.leaky_relu(t, 0.2)):
+        y = activation(activation(x @ w) @ w)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append((y, g, *torch.autograd.grad(g.square().sum(), (w, x))))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.allclose(ours, torchs)
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_the_networks_have_the_shapes_and_ranges_they_promise(size):
+    torch.manual_seed(0)
+    generator, critic = acwgan.Generator(20, 4, size).eval(), acwgan.Critic(4, size)
+    latent, labels = torch.randn(6, 20), torch.arange(6)
+    images = generator(latent, labels)
+    assert images.shape == (6, 1, size, size)
+    assert 0 <= images.min() < images.max() <= 1
+    scores, logits = critic(images)
+    assert scores.shape == (6,)
+    assert logits.shape == (6, 10)
+    assert torch.allclose(critic(images[2:3])[0], scores[2:3], atol=1e-6)  # no example depends on its neighbours
+    overwritten = latent.clone()
+    overwritten[:, :10] = 7
+    assert torch.equal(generator(overwritten, labels), images)
+    assert not torch.allclose(generator(latent, labels.flip(0)), images)
+
+
+def test_the_auxiliary_loss_trains_the_critic_on_real_images_only():
+    torch.manual_seed(0)
+    critic, (real, fake) = acwgan.Critic(4), torch.rand(2, 8, 1, 28, 28)
+    labels = torch.arange(8)
+    parts = acwgan.critic_loss(critic, real, labels, fake)[1]
+    assert parts["auxiliary"].item() == pytest.approx(F.cross_entropy(critic(real)[1], labels).item(), rel=1e-5)
+    expected = critic(real)[0].mean() - critic(fake)[0].mean()
+    assert parts["wasserstein"].item() == pytest.approx(expected.item(), abs=1e-5)
+    scores, logits = critic(fake)
+    loss = acwgan.generator_loss(critic, fake, labels).item()
+    assert loss == pytest.approx((F.cross_entropy(logits, labels) - scores.mean()).item(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- week 1: the whole run
+
+
+def test_a_run_writes_what_it_promises(small_run):
+    out, numbers = small_run
+    samples = np.load(out / "samples.npz")
+    assert samples["images"].shape == (200, 28, 28)
+    assert samples["images"].dtype == np.uint8
+    assert samples["labels"].dtype == np.int64
+    assert np.bincount(samples["labels"]).tolist() == [20] * 10
+    with Image.open(out / "AC-WGAN_GP.png") as image:
+        assert image.size[1] > 600
+    record = json.loads((out / "results.json").read_text())
+    assert record == json.loads(json.dumps(numbers))
+    assert record["dataset"] == "glyphs"
+    assert record["dataset_size"] == 640
+    assert {"command", "settings", "versions", "git", "seconds", "device"} <= set(record)
+    assert record["asked_class_read"]["n"] == 200
+    assert not list(out.glob("*.part"))
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(small_run, tmp_path):
+    samples = np.load(small_run[0] / "samples.npz")["images"]
+    acwgan.main([*SMALL, "--out", str(tmp_path / "same")])
+    acwgan.main([*SMALL, "--out", str(tmp_path / "other"), "--seed", "1"])
+    assert np.array_equal(np.load(tmp_path / "same" / "samples.npz")["images"], samples)
+    assert not np.array_equal(np.load(tmp_path / "other" / "samples.npz")["images"], samples)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_resumes_to_the_same_bits(small_run, tmp_path, stop):
+    command = [sys.executable, HERE / "acwgan.py", *SMALL, "--out", tmp_path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(stop)
+    stderr = process.communicate(timeout=60)[1]
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--resume" in stderr
+    position = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["steps"]
+    assert 0 < position < 40, "the run was over before it was stopped: the test shows nothing"
+    resumed = script("acwgan.py", *SMALL, "--out", tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, again = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (small_run[0], tmp_path))
+    for part in ("generator", "critic", "average"):
+        assert all(torch.equal(again[part][name], tensor) for name, tensor in whole[part].items()), part
+    both = [np.load(d / "samples.npz")["images"] for d in (small_run[0], tmp_path)]
+    assert np.array_equal(*both)
+
+
+def test_two_minutes_of_glyphs_give_digits_of_the_class_asked_for(tmp_path):
+    arguments = ["--dataset", "glyphs", "--limit", "9600", "--samples", "1000", "--width", "16", "--epochs", "2"]
+    numbers = acwgan.main([*arguments, "--out", str(tmp_path)])
+    assert numbers["reader_accuracy_on_test_images"]["rate"] > 0.98
+    assert numbers["asked_class_read"]["rate"] > 0.9
+
+
+# ------------------------------------------------------------------------------------- week 1: when things go wrong
+
+
+def test_mnist_that_is_absent_names_the_files_the_folder_and_the_way_out(tmp_path):
+    no_network = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    process = script("acwgan.py", "--dataset", "mnist", "--data", tmp_path / "none", "--out", tmp_path, env=no_network)
+    fails(process, 1, "train-images-idx3-ubyte", str(tmp_path / "none" / "MNIST" / "raw"), "--dataset glyphs")
+
+
+def test_auto_warns_loudly_when_it_falls_back_to_glyphs(tmp_path, monkeypatch, capsys):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert common.load_digits("auto", tmp_path, True, 100)[0] == "glyphs"
+    assert "NO NUMBER OF THIS RUN IS A RESULT ON MNIST" in capsys.readouterr().err
+
+
+def test_resuming_checks_what_it_resumes(small_run, tmp_path):
+    out = small_run[0]
+    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 2, "nothing to resume", "checkpoint.pt")
+    fails(
+        script("acwgan.py", *SMALL, "--out", out, "--resume", "--batch-size", 64), 2, "batch_size 32 there and 64 here"
+    )
+    data = (out / "checkpoint.pt").read_bytes()
+    for content, word in ((data[: len(data) // 2], "damaged"), (b"text", "damaged")):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "checkpoint.pt", word)
+    torch.save({"generator": {}}, tmp_path / "checkpoint.pt")
+    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "not a checkpoint of acwgan")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--epochs", "0"], "less than 1"),
+        (["--epochs", "many"], "whole number"),
+        (["--critic-lr", "-1"], "positive"),
+        (["--average", "1"], "--average"),
+        (["--dataset", "cifar"], "cifar"),
+        (["--resume", "--benchmark"], "--benchmark"),
+        (["--penalty-share", "2"], "--penalty-share"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_misuse_ends_at_once_with_exit_code_2(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        acwgan.settings(flags)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    fails(script("acwgan.py", "--dataset", "glyphs", "--limit", 10, "--out", tmp_path), 2, "--batch-size 32", "10")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(script("acwgan.py", *SMALL, "--out", tmp_path / "file" / "below"), 1, str(tmp_path / "file"), "--out")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(tmp_path):
+    flags = [*SMALL, "--generator-lr", "1e30", "--critic-lr", "1e30", "--epochs", "4"]
+    fails(script("acwgan.py", *flags, "--out", tmp_path), 1, "not a number", "--critic-lr")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["acwgan.py"])
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/checkpoint.pt")
+
+    with pytest.raises(SystemExit) as end:
+        common.run(full)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "acwgan.py: error: No space left on device: runs/checkpoint.pt\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_help_answers_without_loading_torch():
+    code = """
+import runpy, sys
+sys.argv = ["acwgan.py", "--help"]
+try:
+    runpy.run_path("acwgan.py", run_name="__main__")
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert process.returncode == 0, process.stderr
+    assert "default: 0.999" in process.stdout
+
+
+def test_every_command_of_the_readme_is_one_the_scripts_take():
+    commands = re.findall(r"python (\w+)\.py([^\n`#&|]*)", (HERE / "README.md").read_text())
+    assert commands
+    for name, flags in commands:
+        __import__(name).settings(shlex.split(flags))
