@@ -36,6 +36,7 @@ def settings(argv=None):
     add("--average", type=float, default=0.999, help="decay per step of the averaged generator; 0: none [0]")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where hardware has it [fp32]")
     add("--samples", type=whole(10), default=10_000, help="images in samples.npz and behind every measured number")
+    add("--inception", action="store_true", help="download Inception (91 MB) into --data, if absent, for its FID")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--benchmark", action="store_true", help="only time the training step, with and without each speed-up")
     args = p.parse_args(argv)
@@ -50,6 +51,7 @@ if __name__ == "__main__":
     settings()  # --help and a mistyped flag answer before torch loads, which takes seconds
 
 import copy
+import hashlib
 import math
 import time
 
@@ -190,7 +192,8 @@ class Training:
     def __init__(self, args, device, dataset, size):
         torch.manual_seed(args.seed)
         self.args, self.device, self.steps, self.seconds, self.history = args, device, 0, 0.0, []
-        self.bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
+        best = "bf16" if has_bf16(device) else "fp32"
+        self.precision = best if args.precision == "auto" else args.precision
         self.generator = Generator(args.latent, args.width, args.image_size).to(device)
         self.critic = Critic(args.width, args.image_size).to(device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -198,9 +201,18 @@ class Training:
         self.generator_adam = torch.optim.Adam(self.generator.parameters(), args.generator_lr, betas, fused=fused)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=fused)
         self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
-        elsewhere = ("data", "out", "device", "limit", "samples", "resume", "benchmark")  # these shape no weight
+        elsewhere = (
+            "data",
+            "out",
+            "device",
+            "limit",
+            "samples",
+            "inception",
+            "resume",
+            "benchmark",
+        )  # these shape no weight
         self.shape = {name: value for name, value in vars(args).items() if name not in elsewhere}
-        self.shape |= {"dataset": dataset, "dataset_size": size, "precision": "bf16" if self.bf16 else "fp32"}
+        self.shape |= {"dataset": dataset, "dataset_size": size, "precision": self.precision}
 
     def step(self, real, labels, remaining=1.0):
         """`critic_steps` updates of the critic and one of the generator on real images (N, 1, S, S) in [0, 1].
@@ -240,7 +252,7 @@ class Training:
         return parts
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def save(self, path):
         random = {"cpu": torch.get_rng_state()}
@@ -380,34 +392,74 @@ def read(reader, images):
     return features.double().cpu().numpy(), reader.head(features).argmax(1)
 
 
-def reader_distance(features, reference):
-    """Frechet distance between two sets of the reader's features, (N, 64) and (M, 64). Not Inception FID."""
-    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (features, reference)]
-    return common.frechet_distance(*moments[0], *moments[1])
+def moments(features):
+    """Mean (D,) and covariance (D, D), in float64, of features (N, D)."""
+    return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False)
 
 
-def measure(training, reader, samples, asked, images, test_images):
-    """The numbers of the report on samples (N, 1, 28, 28) that were asked for the classes `asked` (N,)."""
+def measure(training, reader, images, labels, test_images, test_labels):
+    """The numbers of the report, and the samples (N, 1, 28, 28) they are about, classes equally often.
+
+    The Frechet distance is taken on a second set whose classes are those of the first N training images, and its floor
+    on these images: so the two differ in what was drawn and in nothing else. That of the samples is given beside it.
+    """
+    n, seed = training.args.samples, training.args.seed
+    asked = torch.arange(n, device=images.device) % CLASSES
+    samples, natural = (generate(training.average, y, seed) for y in (asked, labels[:n]))
     features, answers = read(reader, samples)
-    reference = read(reader, test_images)[0]
-    distance = reader_distance(features, reference)
-    floor = reader_distance(read(reader, images[: len(samples)])[0], reference)
+    test_features, test_answers = read(reader, test_images)
+    drawn, real = read(reader, natural)[0], read(reader, images[:n])[0]
+    equal, distance, floor = (
+        common.frechet_distance(*moments(x), *moments(test_features)) for x in (features, drawn, real)
+    )
 
     k = min(1000, len(samples), len(test_images))
-    real, fake = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
-    u = torch.rand(k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).to(real.device)
-    between = (u * real + (1 - u) * fake).requires_grad_()
+    there, here = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
+    u = torch.rand(k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).to(images.device)
+    between = (u * there + (1 - u) * here).requires_grad_()
     (gradient,) = torch.autograd.grad(training.critic(between)[0].sum(), between)
     with torch.no_grad():
-        wasserstein = training.critic(real)[0].mean() - training.critic(fake)[0].mean()
-    return {
-        "asked_class_read": common.wilson((answers == asked).sum().item(), len(asked)),
-        "frechet_distance_reader_features": distance,
-        "frechet_distance_floor": floor,
-        "frechet_distance_over_floor": distance / floor,
+        wasserstein = training.critic(there)[0].mean() - training.critic(here)[0].mean()
+    numbers = {
+        "step": training.steps,
+        "training_seconds": round(training.seconds, 1),
+        "reader_right_on_test_images": common.wilson((test_answers == test_labels).sum().item(), len(test_labels)),
+        "asked_class_read": common.wilson((answers == asked).sum().item(), n),
+        "reader_frechet_distance": distance,
+        "reader_frechet_distance_floor": floor,
+        "reader_frechet_distance_over_floor": distance / floor,
+        "reader_frechet_distance_equal_classes": equal,
         "gradient_norm_on_interpolates": gradient.flatten(1).norm(dim=1).mean().item(),
         "wasserstein_estimate": wasserstein.item(),
     }
+    print(
+        f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from "
+        f"{common.percent(numbers['asked_class_read'])} samples (from real test digits: "
+        f"{numbers['reader_right_on_test_images']['rate']:.2%}); Frechet distance in the reader's features to the test "
+        f"images {distance:.3f}, {distance / floor:.2f}x that of real training images"
+    )
+    return numbers, samples, asked
+
+
+def inception_fid(weights, samples, test_images, dataset, out):
+    """FID of samples (N, 1, 28, 28) against the test images; the test images' moments are computed once, kept in `out`.
+
+    FID falls as N grows, most where N is below a few thousand: compare numbers of equal N only.
+    """
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    kept = out / f"inception-{digest}-{dataset}-test-{len(test_images)}.npz"
+    if kept.exists():
+        with np.load(kept) as file:
+            reference = file["mu"], file["sigma"]
+    else:
+        reference = moments(common.inception_features(test_images, weights, test_images.device))
+        common.save_npz(kept, mu=reference[0], sigma=reference[1])
+    fid = common.frechet_distance(*moments(common.inception_features(samples, weights, samples.device)), *reference)
+    features = f"2,048 Inception features of {weights.name}"
+    if digest not in common.INCEPTION:
+        features += f" (NOT the published file, its SHA-256 begins {digest}: no FID to compare)"
+    print(f"FID {fid:.3f}: {len(samples):,} samples against {dataset}'s {len(test_images):,} test images, {features}")
+    return {"fid": fid, "n": len(samples), "reference": f"{dataset} test, {len(test_images)}", "features": features}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -431,51 +483,64 @@ def figure(samples, asked, images, labels):
 
 
 def benchmark(args, images, labels):
-    """Time a training step as it is and without each speed-up, in turn; print and return milliseconds per step."""
+    """Time a training step as it is and without each speed-up, in turns; print and return seconds per step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    ours, torchs = leaky_relu, lambda x: F.leaky_relu(x, 0.2)
-    real, classes = resize(images[: args.batch_size], args.image_size), labels[: args.batch_size]
+    device, n, ours = images.device, args.batch_size, leaky_relu
 
     def variant(activation=ours, layout=torch.channels_last, fused=True, **flags):
-        training = Training(type(args)(**vars(args) | flags), images.device, args.dataset, len(images))
+        training = Training(type(args)(**vars(args) | flags), device, args.dataset, len(images))
         training.generator.to(memory_format=layout)
         training.critic.to(memory_format=layout)
         for adam in (training.generator_adam, training.critic_adam):
             adam.param_groups[0]["fused"] &= fused
         return activation, training
 
-    slow = {"activation": torchs, "layout": torch.contiguous_format, "fused": False}
+    torchs, contiguous = {"activation": lambda x: F.leaky_relu(x, 0.2)}, {"layout": torch.contiguous_format}
+    plain, whole, unfused = {"precision": "fp32"}, {"penalty_share": 1.0}, {"fused": False}
     variants = {
         "as it is": variant(),
-        "in float32": variant(precision="fp32"),
-        "penalty on the whole batch": variant(penalty_share=1.0),
-        "torch's leaky_relu": variant(torchs),
-        "weights not channels-last": variant(layout=torch.contiguous_format),
-        "Adam not fused": variant(fused=False),
-        "all of these": variant(**slow, precision="fp32", penalty_share=1.0),
+        "in float32": variant(**plain),
+        "penalty on the whole batch": variant(**whole),
+        "torch's leaky_relu": variant(**torchs),
+        "not channels-last": variant(**contiguous),
+        "Adam not fused": variant(**unfused),
+        "none of these speed-ups": variant(**plain, **whole, **torchs, **contiguous, **unfused),
     }
-    times = {name: [] for name in variants}
-    for turn in tqdm(range(35), unit="turn", disable=None):
+    times = {name: [] for name in ("preparing the batch", *variants)}
+    matrix = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
+    times["matrix product"] = []
+    for turn in tqdm(range(60), unit="turn", disable=None):
+        begin = time.perf_counter()
+        batch = torch.randint(len(images), (n,), device=device)
+        real, classes = resize(images[batch], args.image_size), labels[batch]
+        seconds = {"preparing the batch": time.perf_counter() - begin}
         for name, (globals()["leaky_relu"], training) in variants.items():
-            began = time.perf_counter()
+            begin = time.perf_counter()
             training.step(real, classes)["generator"].item()
-            times[name] += [time.perf_counter() - began] * (turn >= 5)
+            seconds[name] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds["matrix product"] = time.perf_counter() - begin
+        for name in times:
+            times[name] += [seconds[name]] * (turn >= 10)
     globals()["leaky_relu"] = ours
     median = {name: float(np.median(t)) for name, t in times.items()}
-    training, n = variants["as it is"][1], len(real)
+
+    training = variants["as it is"][1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        training.generator(torch.randn(n, args.latent, device=real.device), classes)
-        drawn = counter.get_total_flops()
         training.critic(real)
-    scored = counter.get_total_flops() - drawn
-    # a backward pass costs a forward one for the inputs and one for the weights; the penalty is forward, backward to
-    # the images, and both of these once more for the weights
-    per_critic_step = scored * (2 * 3 + 4 * math.ceil(n * args.penalty_share) / n) + drawn
-    flop = args.critic_steps * per_critic_step + 2 * drawn + 2 * scored
+        score = counter.get_total_flops()
+        training.generator(torch.randn(n, args.latent, device=device), classes)
+        draw = counter.get_total_flops() - score
+    # backward costs a forward for the inputs and one for the weights; the penalty goes forward and back, both twice
+    flop = args.critic_steps * (6 * score + 4 * score * args.penalty_share + draw) + 2 * draw + 2 * score
+    reached, peak = flop / median["as it is"] / 1e9, 2 * 1024**3 / median.pop("matrix product") / 1e9
     for name, seconds in median.items():
-        rate = f"{args.batch_size / seconds:7,.0f} images/s {flop / seconds / 1e9:6.0f} GFLOP/s"
-        print(f"{name:28}{seconds * 1e3:7.2f} ms/step {seconds / median['as it is']:6.2f}x {rate}")
+        print(f"{name:28}{seconds * 1e3:7.2f} ms, {seconds / median['as it is']:5.2f} of a step as it is")
+    print(
+        f"{flop / 1e9:.1f} GFLOP a step: {reached:.0f} GFLOP/s, {reached / peak:.0%} of a {matrix.dtype} matrix product's"
+    )
     return median
 
 
@@ -485,45 +550,36 @@ def main(argv=None):
     device = common.pick_device(args.device)
     common.make_folder(args.out)
     dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
-    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
     if len(images) < args.batch_size:
         raise common.Misuse(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
+    weights = args.data / common.INCEPTION
+    if args.inception and not weights.exists():
+        common.fetch(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
     if args.benchmark:
-        return benchmark(args, images, labels)
+        return benchmark(args, images.to(device), labels.to(device))
+    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
+    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
 
     training = Training(args, device, dataset, len(images))
     if args.resume:
         training.load(args.out / "checkpoint.pt")
     reader = digit_reader(args.out, dataset, images, labels)
-    accuracy = common.wilson((read(reader, test_images)[1] == test_labels).sum().item(), len(test_labels))
-    print(f"{dataset}: the independent digit reader is right on {common.percent(accuracy)} real test digits")
-    asked = torch.arange(args.samples, device=device) % CLASSES
 
     def evaluate():
-        numbers = measure(training, reader, generate(training.average, asked, args.seed), asked, images, test_images)
-        rate, ratio = common.percent(numbers["asked_class_read"]), numbers["frechet_distance_over_floor"]
-        print(
-            f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from {rate} samples; "
-            f"Frechet distance to the test images (reader's features) {ratio:.2f}x that of real training images"
-        )
-        return {"step": training.steps, "training_seconds": round(training.seconds, 1), **numbers}
+        return measure(training, reader, images, labels, test_images, test_labels)
 
-    train(training, images, labels, evaluate)
-    numbers = evaluate()
-    samples = generate(training.average, asked, args.seed)
+    train(training, images, labels, lambda: evaluate()[0])
+    numbers, samples, asked = evaluate()
     pixels = (samples[:, 0] * 255).round().byte().cpu().numpy()
     common.save_npz(args.out / "samples.npz", images=pixels, labels=asked.cpu().numpy())
     common.save_png(args.out / "AC-WGAN_GP.png", figure(samples, asked, test_images, test_labels))
-    numbers |= {"reader_accuracy_on_test_images": accuracy, "history": training.history}
-    facts = {
-        "dataset": dataset,
-        "dataset_size": len(images),
-        "device": str(device),
-        "precision": training.shape["precision"],
-    }
+    if weights.exists():
+        numbers["inception"] = inception_fid(weights, samples, test_images, dataset, args.out)
+    else:
+        print(f"Inception FID is not reported: there is no {weights} (--inception downloads it)")
     print(f"{args.out} holds checkpoint.pt, samples.npz, AC-WGAN_GP.png and results.json")
-    return common.write_results(args, numbers, **facts)
+    facts = {"dataset": dataset, "dataset_size": len(images), "device": str(device)}
+    return common.write_results(args, numbers | {"history": training.history}, **facts, precision=training.precision)
 
 
 if __name__ == "__main__":
