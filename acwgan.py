@@ -201,7 +201,7 @@ class Training:
         self.generator_adam = torch.optim.Adam(self.generator.parameters(), args.generator_lr, betas, fused=fused)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=fused)
         self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
-        elsewhere = (
+        no_weight = {
             "data",
             "out",
             "device",
@@ -210,8 +210,8 @@ class Training:
             "inception",
             "resume",
             "benchmark",
-        )  # these shape no weight
-        self.shape = {name: value for name, value in vars(args).items() if name not in elsewhere}
+        }  # is shaped by these
+        self.shape = {name: value for name, value in vars(args).items() if name not in no_weight}
         self.shape |= {"dataset": dataset, "dataset_size": size, "precision": self.precision}
 
     def step(self, real, labels, remaining=1.0):
@@ -539,7 +539,7 @@ def benchmark(args, images, labels):
     for name, seconds in median.items():
         print(f"{name:28}{seconds * 1e3:7.2f} ms, {seconds / median['as it is']:5.2f} of a step as it is")
     print(
-        f"{flop / 1e9:.1f} GFLOP a step: {reached:.0f} GFLOP/s, {reached / peak:.0%} of a {matrix.dtype} matrix product's"
+        f"{flop / 1e9:.1f} GFLOP a step, {reached:.0f} GFLOP/s: {reached / peak:.0%} of a {matrix.dtype} matrix product"
     )
     return median
 

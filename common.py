@@ -320,9 +320,8 @@ def frechet_distance_torch(x, y):
     with torch.no_grad():
         (qa, ra), (qb, rb) = (torch.linalg.qr(z) if len(z) > z.shape[1] else (None, z) for z in (a, b))
         u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
-        keep = (
-            s > s.max() * max(ra.shape[0], rb.shape[0]) * torch.finfo(exact).eps
-        )  # a null direction has no polar factor
+        # a null direction has no polar factor
+        keep = s > s.max() * max(len(ra), len(rb)) * torch.finfo(exact).eps
         polar = u[:, keep] @ vh[keep]
         grad_a, grad_b = polar @ rb, polar.T @ ra
         grad_a, grad_b = (g if q is None else q @ g for q, g in ((qa, grad_a), (qb, grad_b)))
