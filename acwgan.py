@@ -48,7 +48,7 @@ def settings(argv=None):
 
 
 if __name__ == "__main__":
-    settings()  # --help and a mistyped flag answer before torch loads, which takes seconds
+    common.before_torch(settings)
 
 import copy
 import hashlib
@@ -108,6 +108,8 @@ class Critic(nn.Module):
     no example's score may depend on another's. The first layer sees 2x2 pixels as four channels, again for the CPU.
     """
 
+    activation = staticmethod(leaky_relu)
+
     def __init__(self, width=32, image_size=28):
         super().__init__()
         side, doublings = {28: (7, 1), 64: (8, 2)}[image_size]
@@ -121,7 +123,7 @@ class Critic(nn.Module):
     def forward(self, images):
         maps = self.unshuffle(2 * images - 1).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
-            maps = leaky_relu(layer(maps))
+            maps = self.activation(layer(maps))
         out = self.heads(maps.flatten(1)).to(self.heads.weight.dtype)  # not bfloat16: losses are means of these
         return out[:, 0], out[:, 1:]
 
@@ -201,17 +203,8 @@ class Training:
         self.generator_adam = torch.optim.Adam(self.generator.parameters(), args.generator_lr, betas, fused=fused)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=fused)
         self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
-        no_weight = {
-            "data",
-            "out",
-            "device",
-            "limit",
-            "samples",
-            "inception",
-            "resume",
-            "benchmark",
-        }  # is shaped by these
-        self.shape = {name: value for name, value in vars(args).items() if name not in no_weight}
+        unused = {"data", "out", "device", "limit", "samples", "inception", "resume", "benchmark"}  # by any weight
+        self.shape = {name: value for name, value in vars(args).items() if name not in unused}
         self.shape |= {"dataset": dataset, "dataset_size": size, "precision": self.precision}
 
     def step(self, real, labels, remaining=1.0):
@@ -268,17 +261,21 @@ class Training:
         if not path.exists():
             raise common.Misuse(f"there is nothing to resume: no {path}; {anew}")
         there = common.load_checkpoint(path, "acwgan", anew)
+        shape = there["shape"] if isinstance(there.get("shape"), dict) else {}
+        if differ := [f"{k} {shape.get(k)} there and {v} here" for k, v in self.shape.items() if v != shape.get(k)]:
+            raise common.Misuse(f"--resume contradicts {path}: {', '.join(differ)}")
         try:
-            if differ := [k for k in self.shape if self.shape[k] != there["shape"].get(k)]:
-                here = ", ".join(f"{k} {there['shape'].get(k)} there and {self.shape[k]} here" for k in differ)
-                raise common.Misuse(f"--resume contradicts {path}: {here}")
             for name in self.parts:
                 getattr(self, name).load_state_dict(there[name])
-            self.steps, self.seconds, self.history = there["steps"], there["seconds"], there["history"]
+            for adam in (self.generator_adam, self.critic_adam):
+                if any(adam.state[p]["exp_avg"].shape != p.shape for p in adam.param_groups[0]["params"]):
+                    raise ValueError("Adam's averages are another network's")
+            self.steps, self.seconds = int(there["steps"]), float(there["seconds"])
+            self.history = list(there["history"])
             torch.set_rng_state(there["random"]["cpu"])
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and "cuda" in there["random"]:
                 torch.cuda.set_rng_state(there["random"]["cuda"], self.device)
-        except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as problem:
+        except Exception as problem:  # whatever in it is of another shape or type than a run of this version saves
             raise common.Failure(f"{path} does not fit this version ({problem!r:.99}); {anew}") from None
 
 
@@ -311,10 +308,11 @@ def train(training, images, labels, evaluate):
             if save or training.steps % 50 == 0:
                 values = {name: value.item() for name, value in parts.items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                if not all(map(math.isfinite, values.values())):
+                weights = [*training.generator.parameters(), *training.critic.parameters()] if save else []
+                if not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights)):
                     raise common.Failure(
-                        f"a loss is not a number any more at step {training.steps:,} ({values}); {path} holds the last "
-                        "good state; start anew with a lower --critic-lr and --generator-lr"
+                        f"a loss or weight is not a number any more at step {training.steps:,} ({values}); start anew "
+                        "with a lower --critic-lr and --generator-lr; no such state was saved"
                     )
             if epoch_ends and (epoch + 1) % 10 == 0 and training.steps < total:
                 training.history.append(evaluate())
@@ -348,28 +346,27 @@ def generate(generator, labels, seed):
 
 def digit_reader(out, dataset, images, labels):
     """The reader for these training images: the one kept in `out`, or a new one, then kept there."""
-    path, kind = out / "reader.pt", f"digit reader for {len(images)} {dataset} images"
-    reader = DigitReader().to(images.device)
+    kind = f"reader-{dataset}-{len(images)}"
+    path = out / f"{kind}.pt"
+    with torch.random.fork_rng(devices=[]):  # the same reader beside every GAN, and the same GAN beside every reader
+        torch.manual_seed(1234)
+        reader = DigitReader().to(images.device)
     if path.exists():
-        anew = "delete it and a new one is trained, or choose another --out"
+        anew = "delete it and a new one is trained"
         try:
             reader.load_state_dict(common.load_checkpoint(path, kind, anew)["network"])
-        except (KeyError, RuntimeError):
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             raise common.Failure(f"{path} does not fit this version; {anew}") from None
         return reader.eval().requires_grad_(False)
-    reader = train_reader(reader, images, labels)
+    train_reader(reader, images, labels)
     common.save_checkpoint(path, {"kind": kind, "network": reader.state_dict()})
     return reader
 
 
-def train_reader(reader, images, labels, seed=1234):
+def train_reader(reader, images, labels):
     """Train on digits moved by up to 2 pixels, with a one-cycle step size (Smith & Topin 2018)."""
-    rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
+    rng, batch = torch.Generator().manual_seed(1234), min(128, len(images))
     epochs = max(3, 300 * batch // len(images))
-    with torch.no_grad():  # weights from the reader's own seed, so that it is the same beside every GAN
-        for weight in reader.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5)
     orders = [torch.randperm(len(images), generator=rng)[: len(images) // batch * batch] for _ in range(epochs)]
     batches = torch.cat(orders).split(batch)
     adam = torch.optim.AdamW(reader.parameters(), weight_decay=0.01, fused=images.device.type != "mps")
@@ -377,19 +374,21 @@ def train_reader(reader, images, labels, seed=1234):
     for order in tqdm(batches, "digit reader", unit="step", disable=None):
         order, (dx, dy) = order.to(images.device), torch.randint(5, (2,), generator=rng)
         moved = F.pad(images[order], (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
-        loss = F.cross_entropy(reader(moved), labels[order], label_smoothing=0.05)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
+            logits = reader(moved)
+        loss = F.cross_entropy(logits.float(), labels[order], label_smoothing=0.05)
         adam.zero_grad()
         loss.backward()
         adam.step()
         rate.step()
-    return reader.eval().requires_grad_(False)
+    reader.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def read(reader, images):
     """The reader's features (N, 64), float64 in NumPy, and the labels it reads, (N,) int64."""
     features = torch.cat([reader.features(part) for part in images.split(1000)])
-    return features.double().cpu().numpy(), reader.head(features).argmax(1)
+    return features.cpu().double().numpy(), reader.head(features).argmax(1)
 
 
 def moments(features):
@@ -398,10 +397,12 @@ def moments(features):
 
 
 def measure(training, reader, images, labels, test_images, test_labels):
-    """The numbers of the report, and the samples (N, 1, 28, 28) they are about, classes equally often.
+    """Print and return the numbers of the report, and the samples (N, 1, 28, 28) they are about, classes equally often.
 
-    The Frechet distance is taken on a second set whose classes are those of the first N training images, and its floor
-    on these images: so the two differ in what was drawn and in nothing else. That of the samples is given beside it.
+    The Frechet distance is taken on a second set, whose classes are those of the first N training images; its floor is
+    that of these images themselves: the two differ in what was drawn and in nothing else. (The reader has learnt from
+    these images, which raises the floor a little. That of the first set, whose classes are in other shares than in
+    the test images, is recorded too.)
     """
     n, seed = training.args.samples, training.args.seed
     asked = torch.arange(n, device=images.device) % CLASSES
@@ -413,7 +414,7 @@ def measure(training, reader, images, labels, test_images, test_labels):
         common.frechet_distance(*moments(x), *moments(test_features)) for x in (features, drawn, real)
     )
 
-    k = min(1000, len(samples), len(test_images))
+    k = min(1000, n, len(test_images))
     there, here = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
     u = torch.rand(k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).to(images.device)
     between = (u * there + (1 - u) * here).requires_grad_()
@@ -428,15 +429,19 @@ def measure(training, reader, images, labels, test_images, test_labels):
         "reader_frechet_distance": distance,
         "reader_frechet_distance_floor": floor,
         "reader_frechet_distance_over_floor": distance / floor,
+        "reader_frechet_distance_n": [len(drawn), len(test_features)],
         "reader_frechet_distance_equal_classes": equal,
         "gradient_norm_on_interpolates": gradient.flatten(1).norm(dim=1).mean().item(),
         "wasserstein_estimate": wasserstein.item(),
     }
-    print(
+    tqdm.write(
         f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from "
-        f"{common.percent(numbers['asked_class_read'])} samples (from real test digits: "
-        f"{numbers['reader_right_on_test_images']['rate']:.2%}); Frechet distance in the reader's features to the test "
-        f"images {distance:.3f}, {distance / floor:.2f}x that of real training images"
+        f"{common.percent(numbers['asked_class_read'])} samples (the reader is right on "
+        f"{common.percent(numbers['reader_right_on_test_images'])} test images)\n"
+        f"    Frechet distance to the test images, in the reader's features: {distance:.3f}, {distance / floor:.2f}x "
+        f"that of real training images (n = {len(drawn):,})\n"
+        f"    critic: Wasserstein estimate {wasserstein:.3f}, gradient norm on interpolates "
+        f"{numbers['gradient_norm_on_interpolates']:.3f}"
     )
     return numbers, samples, asked
 
@@ -449,11 +454,14 @@ def inception_fid(weights, samples, test_images, dataset, out):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
     kept = out / f"inception-{digest}-{dataset}-test-{len(test_images)}.npz"
     if kept.exists():
-        with np.load(kept) as file:
-            reference = file["mu"], file["sigma"]
+        try:
+            with np.load(kept) as file:
+                reference = file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)
+        except Exception:  # NumPy, like torch, has no one exception for a file that is not what it should be
+            raise common.Failure(f"{kept} is damaged; delete it, and it is computed again") from None
     else:
         reference = moments(common.inception_features(test_images, weights, test_images.device))
-        common.save_npz(kept, mu=reference[0], sigma=reference[1])
+        common.write_whole(kept, lambda file: np.savez(file, mu=reference[0], sigma=reference[1]))
     fid = common.frechet_distance(*moments(common.inception_features(samples, weights, samples.device)), *reference)
     features = f"2,048 Inception features of {weights.name}"
     if digest not in common.INCEPTION:
@@ -486,62 +494,57 @@ def benchmark(args, images, labels):
     """Time a training step as it is and without each speed-up, in turns; print and return seconds per step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    device, n, ours = images.device, args.batch_size, leaky_relu
-
-    def variant(activation=ours, layout=torch.channels_last, fused=True, **flags):
-        training = Training(type(args)(**vars(args) | flags), device, args.dataset, len(images))
+    def variant(activation=leaky_relu, layout=torch.channels_last, fused=True, **flags):
+        training = Training(type(args)(**vars(args) | flags), images.device, args.dataset, len(images))
+        training.critic.activation = activation
         training.generator.to(memory_format=layout)
         training.critic.to(memory_format=layout)
         for adam in (training.generator_adam, training.critic_adam):
             adam.param_groups[0]["fused"] &= fused
-        return activation, training
+        return training
 
-    torchs, contiguous = {"activation": lambda x: F.leaky_relu(x, 0.2)}, {"layout": torch.contiguous_format}
-    plain, whole, unfused = {"precision": "fp32"}, {"penalty_share": 1.0}, {"fused": False}
-    variants = {
-        "as it is": variant(),
-        "in float32": variant(**plain),
-        "penalty on the whole batch": variant(**whole),
-        "torch's leaky_relu": variant(**torchs),
-        "not channels-last": variant(**contiguous),
-        "Adam not fused": variant(**unfused),
-        "none of these speed-ups": variant(**plain, **whole, **torchs, **contiguous, **unfused),
+    without = {
+        "in float32": {"precision": "fp32"},
+        "penalty on the whole batch": {"penalty_share": 1.0},
+        "torch's leaky_relu": {"activation": lambda x: F.leaky_relu(x, 0.2)},
+        "not channels-last": {"layout": torch.contiguous_format},
+        "Adam not fused": {"fused": False},
     }
-    times = {name: [] for name in ("preparing the batch", *variants)}
-    matrix = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
-    times["matrix product"] = []
-    for turn in tqdm(range(60), unit="turn", disable=None):
-        begin = time.perf_counter()
-        batch = torch.randint(len(images), (n,), device=device)
-        real, classes = resize(images[batch], args.image_size), labels[batch]
-        seconds = {"preparing the batch": time.perf_counter() - begin}
-        for name, (globals()["leaky_relu"], training) in variants.items():
-            begin = time.perf_counter()
-            training.step(real, classes)["generator"].item()
-            seconds[name] = time.perf_counter() - begin
-        begin = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds["matrix product"] = time.perf_counter() - begin
-        for name in times:
-            times[name] += [seconds[name]] * (turn >= 10)
-    globals()["leaky_relu"] = ours
-    median = {name: float(np.median(t)) for name, t in times.items()}
+    without["none of these speed-ups"] = {name: value for flags in without.values() for name, value in flags.items()}
+    variants = {"as it is": variant()} | {name: variant(**flags) for name, flags in without.items()}
+    ours = variants["as it is"]
+    dtype = torch.bfloat16 if ours.precision == "bf16" else torch.float32
+    matrix = torch.ones(1024, 1024, device=images.device, dtype=dtype)
+    n, times = args.batch_size, {name: [] for name in ("its batch's preparation", *variants, "matrix product")}
 
-    training = variants["as it is"][1]
+    def timed(name, work):
+        begin = time.perf_counter()
+        result = work()
+        result.flatten()[0].item()  # on a GPU: wait for it
+        times[name].append(time.perf_counter() - begin)
+        return result
+
+    for _ in tqdm(range(60), unit="turn", disable=None):
+        batch = torch.randint(len(images), (n,), device=images.device)
+        real = timed("its batch's preparation", lambda batch=batch: resize(images[batch], args.image_size))
+        for name, training in variants.items():
+            timed(name, lambda t=training, x=real, y=labels[batch]: t.step(x, y)["generator"])
+        timed("matrix product", lambda: matrix @ matrix)
+    median = {name: float(np.median(seconds[10:])) for name, seconds in times.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        training.critic(real)
+        ours.critic(real)
         score = counter.get_total_flops()
-        training.generator(torch.randn(n, args.latent, device=device), classes)
+        ours.generator(torch.randn(n, args.latent, device=images.device), labels[batch])
         draw = counter.get_total_flops() - score
     # backward costs a forward for the inputs and one for the weights; the penalty goes forward and back, both twice
     flop = args.critic_steps * (6 * score + 4 * score * args.penalty_share + draw) + 2 * draw + 2 * score
     reached, peak = flop / median["as it is"] / 1e9, 2 * 1024**3 / median.pop("matrix product") / 1e9
     for name, seconds in median.items():
-        print(f"{name:28}{seconds * 1e3:7.2f} ms, {seconds / median['as it is']:5.2f} of a step as it is")
-    print(
-        f"{flop / 1e9:.1f} GFLOP a step, {reached:.0f} GFLOP/s: {reached / peak:.0%} of a {matrix.dtype} matrix product"
+        print(f"{name:28}{seconds * 1e3:8.2f} ms {seconds / median['as it is']:6.2f} of a step as it is")
+    print(f"{flop / 1e9:.1f} GFLOP a step, {reached:.0f} GFLOP/s: {reached / peak:.0%} of a {dtype} matrix product")
+    return common.write_results(
+        args, {"seconds_per_step": median, "gflop_per_step": flop / 1e9, "share_of_peak": reached / peak}
     )
-    return median
 
 
 def main(argv=None):
@@ -552,17 +555,19 @@ def main(argv=None):
     dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
     if len(images) < args.batch_size:
         raise common.Misuse(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
-    weights = args.data / common.INCEPTION
-    if args.inception and not weights.exists():
-        common.fetch(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
     if args.benchmark:
         return benchmark(args, images.to(device), labels.to(device))
-    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
-
     training = Training(args, device, dataset, len(images))
     if args.resume:
         training.load(args.out / "checkpoint.pt")
+    weights = args.data / common.INCEPTION
+    if args.inception and not weights.exists():
+        common.fetch(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+    if weights.exists():
+        common.inception_network(weights)  # a damaged file is told of now, not after the training
+    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
+    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
+
     reader = digit_reader(args.out, dataset, images, labels)
 
     def evaluate():
@@ -570,9 +575,12 @@ def main(argv=None):
 
     train(training, images, labels, lambda: evaluate()[0])
     numbers, samples, asked = evaluate()
-    pixels = (samples[:, 0] * 255).round().byte().cpu().numpy()
-    common.save_npz(args.out / "samples.npz", images=pixels, labels=asked.cpu().numpy())
-    common.save_png(args.out / "AC-WGAN_GP.png", figure(samples, asked, test_images, test_labels))
+    pixels, asked_for = (samples[:, 0] * 255).round().byte().cpu().numpy(), asked.cpu().numpy()
+    common.write_whole(
+        args.out / "samples.npz", lambda file: np.savez_compressed(file, images=pixels, labels=asked_for)
+    )
+    page = figure(samples, asked, test_images, test_labels)
+    common.write_whole(args.out / "AC-WGAN_GP.png", lambda file: page.save(file, "png", optimize=True))
     if weights.exists():
         numbers["inception"] = inception_fid(weights, samples, test_images, dataset, args.out)
     else:

@@ -7,6 +7,7 @@ mistyped flag answer at once instead of after the seconds that torch takes to lo
 import argparse
 import contextlib
 import gzip
+import http.client
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -25,8 +27,7 @@ import numpy as np
 
 START = time.time()
 
-
-# ---------------------------------------------------------------------------------------------- errors, for people
+# ------------------------------------------------------------------------------------------------- errors, for people
 
 
 class Failure(Exception):
@@ -47,45 +48,50 @@ class Stopped(Failure):
     code = 130
 
 
+def before_torch(settings):
+    """Let `--help` and mistyped flags answer, and Ctrl-C end quietly, before the seconds that torch takes to load."""
+    settings()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(main):
     """Call `main()` as a script: what goes wrong ends in one line on stderr and an exit code, never in a traceback."""
-    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        return
     except Failure as problem:
-        sys.exit(_say(f"{name}: error: {problem}", problem.code))
-    except OSError as problem:  # a full disk, a folder that may not be written
-        where = f": {problem.filename}" if problem.filename else ""
-        sys.exit(_say(f"{name}: error: {problem.strerror or problem}{where}", 1))
+        line, code = f"error: {problem}", problem.code
+    except OSError as problem:
+        line, code = f"error: {problem.filename or ''}: {problem.strerror or problem}", 1
     except KeyboardInterrupt:
-        sys.exit(_say(f"{name}: interrupted; nothing is half written, start the same command again", 130))
-
-
-def _say(line, code):
-    print(line, file=sys.stderr)
-    return code
+        line, code = "interrupted; nothing is half written; --resume goes on from the last checkpoint, if any", 130
+    except (MemoryError, RuntimeError) as problem:  # torch.OutOfMemoryError, and the CPU's allocator
+        if not isinstance(problem, MemoryError) and "memory" not in str(problem):
+            raise
+        line, code = "error: not enough memory; lower --batch-size, --width or --limit, or use --device cpu", 1
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def ctrl_c():
-    """Within the block the first Ctrl-C only sets `.pressed`, so that a loop can end between two steps; a second one
+    """Yields an object whose `.pressed` the first Ctrl-C sets, so that a loop can end between two steps; the second
     interrupts at once."""
-
-    class State:
-        pressed = False
+    state = types.SimpleNamespace(pressed=False)
 
     def handler(*_):
-        State.pressed = True
+        state.pressed = True
         signal.signal(signal.SIGINT, before)
 
     before = signal.signal(signal.SIGINT, handler)
     try:
-        yield State
+        yield state
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# ------------------------------------------------------------------------------------------------ flags and device
+# --------------------------------------------------------------------------------------------------- flags and device
 
 
 def parser(doc, script, dataset, datasets):
@@ -99,27 +105,22 @@ def parser(doc, script, dataset, datasets):
     add("--data", type=Path, default=Path("data"), help="folder of the datasets and downloaded weights")
     add("--out", type=Path, default=Path("runs") / script, help="folder for what this run writes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--seed", type=whole(0), default=0, help="seed of every random number")
-    add(
-        "--dataset",
-        choices=datasets,
-        default=dataset,
-        help="what to train on; auto: mnist, or glyphs without a network",
-    )
-    add("--limit", type=whole(1), help="use only the first N training images (default: all)", metavar="N")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of every random number")
+    add("--dataset", choices=datasets, default=dataset, help="auto: mnist, or glyphs where that can't be had")
+    add("--limit", type=whole(1), metavar="N", help="use only the first N training images; None: all")
     return p
 
 
-def whole(least):
-    """An argparse type: a whole number of at least `least`."""
+def whole(least, most=math.inf):
+    """An argparse type: a whole number from `least` to `most`."""
 
     def number(text):
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is {f'less than {least}' if value < least else f'above {most}'}")
         return value
 
     return number
@@ -132,7 +133,7 @@ def positive(text):
         value = float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
@@ -141,7 +142,8 @@ def pick_device(name):
     """The torch.device for `--device`: auto is CUDA where there is one, else Apple's GPU, else the CPU."""
     import torch
 
-    torch.set_flush_denormal(True)  # Adam's moments decay into denormals, which a CPU multiplies 100 times slower
+    torch.set_flush_denormal(True)  # averages decay into denormals, with which a CPU computes many times slower
+    torch.backends.cudnn.deterministic = True  # same seed, same machine: same result
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in have.items() if there)
@@ -150,77 +152,66 @@ def pick_device(name):
     return torch.device(name)
 
 
-# ---------------------------------------------------------------------------------------- files: whole or not at all
+# ------------------------------------------------------------------------------------------ files: whole or not at all
 
 
 def make_folder(folder):
     """Create `folder` and prove that it can be written, so that a run of an hour doesn't find out at its end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ".writable", b"")
+        write_whole(folder / ".writable", lambda file: None)
         (folder / ".writable").unlink()
     except OSError as problem:
-        raise Failure(f"cannot write to {folder} ({problem.strerror}); choose another with --out") from None
+        raise Failure(f"cannot write to {folder} ({problem.strerror}); choose another folder with --out") from None
 
 
-def write_whole(path, data):
-    """Write bytes to `path` under a temporary name, then rename: a reader finds the old file or the new one."""
+def write_whole(path, write):
+    """Have `write(file)` fill a file of a temporary name, then rename it: a reader finds the old file or the new one.
+
+    Raises OSError naming `path` if it can't be written, and leaves nothing behind.
+    """
     draft = path.with_name(path.name + ".part")
     try:
         with open(draft, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
-
-
-def save_npz(path, **arrays):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
-
-
-def save_png(path, image):
-    buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
-    write_whole(path, buffer.getvalue())
+    except OSError as problem:
+        raise OSError(problem.errno, f"cannot write it ({problem.strerror})", str(path)) from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, content):
     """Write a dictionary of tensors, numbers and strings that `load_checkpoint` reads."""
     import torch
 
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error of its own kind
     torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path, kind, advice):
-    """The dictionary that a script saved with `content["kind"] == kind`, on the CPU.
+    """What `torch.save` wrote to `path`, on the CPU: a dictionary with `kind` under "kind", or any, if `kind` is None.
 
     Only tensors and plain values are ever unpickled (`weights_only=True`): a hostile file is refused, not run.
-    Raises Failure, ending in `advice`, if the file is absent, damaged, hostile or another program's.
+    Raises Failure, ending in `advice`, if the file is absent, damaged, hostile or of another kind.
     """
     import torch
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"there is no {path}; {advice}") from None
     except OSError as problem:
         raise Failure(f"cannot read {path} ({problem.strerror}); {advice}") from None
-    except Exception:  # torch has no one exception for what is wrong with a file; whichever it is, the advice stands
-        raise Failure(f"{path} is damaged, or no checkpoint of this project; {advice}") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    except Exception:  # torch has no one exception for what can be wrong with a file; whichever it is, the advice holds
+        raise Failure(f"{path} is damaged, or no checkpoint; {advice}") from None
+    if not isinstance(content, dict) or (kind and content.get("kind") != kind):
         raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
     return content
 
 
-# -------------------------------------------------------------------------------------------------- the record of a run
+# ----------------------------------------------------------------------------------------------- the record of a run
 
 
 def wilson(hits, n, z=1.959964):
@@ -231,7 +222,7 @@ def wilson(hits, n, z=1.959964):
 
 
 def percent(rate):
-    """A `wilson` record for a line of text."""
+    """A `wilson` record as text."""
     return f"{rate['rate']:.2%} [{rate['low']:.2%}, {rate['high']:.2%}] of {rate['n']:,}"
 
 
@@ -242,8 +233,11 @@ def write_results(args, numbers, **facts):
     import torch
     import torchvision
 
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        revision = ""
     record = {
         "command": " ".join(["python", *sys.argv]),
         "settings": {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()},
@@ -252,11 +246,11 @@ def write_results(args, numbers, **facts):
         "machine": platform.platform(),
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, scipy, PIL)},
         "python": platform.python_version(),
-        "git": git.stdout.strip() or None,
+        "git": revision or None,
         "seconds": round(time.time() - START, 1),
         **numbers,
     }
-    write_whole(args.out / "results.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_whole(args.out / "results.json", lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
     return record
 
 
@@ -333,24 +327,39 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # TensorFlow's Inception of 
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 
 
-def fetch(url, path, sha256=None):
+@contextlib.contextmanager
+def patience(seconds=20):
+    """Within the block a connection that brings no byte for so long is given up; urllib itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+NO_DOWNLOAD = (
+    OSError,
+    RuntimeError,
+    http.client.HTTPException,
+)  # no network, wrong hash, a proxy's own page, a full disk
+
+
+def fetch(url, path, sha256):
     """Download `url` to `path`, whole or not at all, checked against the first digits of its SHA-256.
 
     Raises Failure in one line that says which file to put where.
     """
     import torch.hub
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without a byte; urllib itself would wait for ever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as problem:  # no network, gone, wrong hash, no room, a folder not to be written
+        with patience():
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+    except NO_DOWNLOAD as problem:
         raise Failure(
             f"could not download {url} ({problem}); put that file into {path.parent} as {path.name}"
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def inception_network(weights, device="cpu"):
@@ -364,13 +373,8 @@ def inception_network(weights, device="cpu"):
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    advice = f"put {INCEPTION} from {INCEPTION_URL} there"
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"there is no {weights}; {advice}") from None
-    except Exception:  # torch has no one exception for a damaged or hostile file
-        raise Failure(f"{weights} is damaged, or no file of weights; {advice}") from None
+    advice = f"put there {INCEPTION} from {INCEPTION_URL}"
+    state = load_checkpoint(weights, None, advice)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
@@ -422,8 +426,10 @@ def inception_features(images, weights=None, device="cpu", batch=50):
 
 def read_idx(path):
     """The array in an IDX file of unsigned bytes (LeCun's MNIST page); gzipped, if only `path`.gz is there."""
+    packed = path.with_name(path.name + ".gz")
+    path = packed if packed.exists() and not path.exists() else path
     try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
+        data = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
     except (OSError, EOFError, zlib.error) as problem:
         raise Failure(f"cannot read {path} ({problem}); delete it, and it is downloaded again") from None
     dims = data[3] if len(data) > 3 else 0
@@ -454,20 +460,15 @@ def fetch_mnist(data_dir):
     raw = files[0].parent
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw) as draft, contextlib.redirect_stdout(sys.stderr):
+        with tempfile.TemporaryDirectory(dir=raw) as draft, contextlib.redirect_stdout(sys.stderr), patience():
             from torchvision.datasets import MNIST
 
-            before = socket.getdefaulttimeout()
-            socket.setdefaulttimeout(20)  # seconds without a byte; torchvision itself would wait for ever
-            try:
-                MNIST(draft, download=True)
-            finally:
-                socket.setdefaulttimeout(before)
+            MNIST(draft, download=True)
             for f in files:
                 os.replace(Path(draft) / "MNIST" / "raw" / f.name, f)
-    except (OSError, RuntimeError) as problem:  # no network, mirrors gone, wrong hash, a folder that may not be written
+    except NO_DOWNLOAD as problem:
         raise Failure(
-            f"MNIST could not be downloaded ({str(problem).splitlines()[0]}); put {', '.join(missing)} into {raw}, "
+            f"MNIST could not be downloaded ({' '.join(str(problem).split())}); put {', '.join(missing)} into {raw}, "
             "or use --dataset glyphs, which needs no file"
         ) from None
 
@@ -493,8 +494,8 @@ def load_mnist(data_dir, train=True):
 def glyphs(n, seed=0):
     """`n` digits in Pillow's built-in font, each with its own stroke width, rotation, shear, scale and place.
 
-    Returns images (n, 1, 28, 28) float32 in [0, 1], white on black, and labels (n,) int64, classes equally often;
-    the same for the same `n` and `seed`.
+    Returns images (n, 1, 28, 28) float32 in [0, 1], white on black, and labels (n,) int64, the classes in turn; the
+    same for the same `seed`, whatever `n`.
     """
     import torch
     import torch.nn.functional as F
@@ -509,10 +510,10 @@ def glyphs(n, seed=0):
                 (canvas / 2, canvas / 2), str(digit), 255, ImageFont.load_default(40), "mm", stroke_width=stroke
             )
             prototypes[digit, stroke] = np.asarray(image) / np.float32(255)
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n)[torch.randperm(n, generator=rng)] % 10
-    width = torch.randint(strokes, (n,), generator=rng)
-    angle, shear, x, y, scale_x, scale_y = (torch.rand(6, n, generator=rng) * 2 - 1).unbind()
+    labels = torch.arange(n) % 10
+    draws = torch.rand(n, 7, generator=torch.Generator().manual_seed(seed))  # a row an image: the first n are any n's
+    width = (draws[:, 6] * strokes).long()
+    angle, shear, x, y, scale_x, scale_y = (draws[:, :6] * 2 - 1).unbind(1)
     angle, shear = 0.3 * angle, 0.3 * shear  # radians: 17 degrees to either side
     a, b = torch.cos(angle) / (0.8 + 0.15 * scale_x), -torch.sin(angle) / (0.8 + 0.15 * scale_y)
     c, d = -b, a
@@ -536,9 +537,9 @@ def load_digits(name, data_dir, train=True, limit=None):
             name = "mnist"
         except Failure as problem:
             name = "glyphs"
-            if train:
-                print(f"\n{'*' * 100}\nWARNING: {problem}\nGoing on with GLYPHS, drawn digits: "
-                      f"NO NUMBER OF THIS RUN IS A RESULT ON MNIST.\n{'*' * 100}\n", file=sys.stderr)  # fmt: skip
+            line = "*" * 100
+            print(f"{line}\nWARNING: {problem}\nGoing on with GLYPHS, drawn digits: no number of this run is a result "
+                  f"on MNIST.\n{line}", file=sys.stderr)  # fmt: skip
     if name == "glyphs":
         images, labels = glyphs(limit or 60_000, 0) if train else glyphs(10_000, 1)
     else:

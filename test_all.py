@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import acwgan
 import common
 
 HERE = Path(__file__).parent
-SMALL = ["--dataset", "glyphs", "--limit", "640", "--samples", "200", "--width", "8", "--epochs", "2"]
+SMALL = ["--dataset", "glyphs", "--limit", "640", "--samples", "200", "--width", "8", "--epochs", "3"]
 
 
 def script(*command, cwd=None, **kwargs):
@@ -35,10 +36,10 @@ def script(*command, cwd=None, **kwargs):
 
 
 def fails(process, code, *words):
-    """Assert that a script ended with `code` and one clear line that holds all `words`."""
+    """Assert that a script ended with `code` and one line on stderr (after argparse's usage) that holds all `words`."""
     assert process.returncode == code, process.stderr
-    assert "Traceback" not in process.stderr
-    last = process.stderr.strip().splitlines()[-1]
+    *usage, last = process.stderr.strip().splitlines()
+    assert not usage or usage[0].startswith("usage:"), process.stderr
     for word in words:
         assert word in last, last
 
@@ -119,6 +120,7 @@ def test_glyphs_are_the_same_for_a_seed_and_as_many_of_each_class():
     assert images.shape == (500, 1, 28, 28)
     assert 0 == images.min() < 0.9 < images.max() <= 1
     assert images[:, :, :1].mean() < 0.02  # no digit is cut off by the border
+    assert torch.equal(common.glyphs(123, seed=3)[0], images[:123])
 
 
 # ------------------------------------------------------------------------------------------- common: files and records
@@ -126,14 +128,14 @@ def test_glyphs_are_the_same_for_a_seed_and_as_many_of_each_class():
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    common.write_whole(path, b"old")
+    common.write_whole(path, lambda file: file.write(b"old"))
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        common.write_whole(path, b"new")
+    with pytest.raises(OSError, match=r"No space.*file"):
+        common.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -278,18 +280,43 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_pools_as_tensorflows_does(inception_file):
-    network = common.inception_network(inception_file)
-    x = torch.randn(2, 288, 9, 9)
+    network, seen = common.inception_network(inception_file), {}
+    blocks = {name: block for name, block in network.named_children() if hasattr(block, "branch_pool")}
+    assert len(blocks) == 9
+    for name, block in blocks.items():
+        block.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
     with torch.no_grad():
-        block = network.Mixed_5d
-        pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        last = block.branch_pool.bn(block.branch_pool.conv(pooled)).relu()
-        assert torch.allclose(block(x)[:, -64:], last, atol=1e-5)
-        x = torch.randn(2, 2048, 4, 4)
-        block = network.Mixed_7c
-        pooled = F.max_pool2d(x, 3, 1, 1)
-        last = block.branch_pool.bn(block.branch_pool.conv(pooled)).relu()
-        assert torch.allclose(block(x)[:, -192:], last, atol=1e-5)
+        network(torch.rand(1, 3, 299, 299))
+        for name, block in blocks.items():
+            x, y = seen[name]
+            averaged = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            pooled = F.max_pool2d(x, 3, 1, 1) if name == "Mixed_7c" else averaged
+            branch = block.branch_pool.bn(block.branch_pool.conv(pooled)).relu()
+            assert torch.allclose(y[:, -branch.shape[1] :], branch, rtol=1e-3, atol=1e-4 * branch.max()), name
+
+
+def test_inception_sees_images_resized_to_299_and_scaled_to_minus_1_to_1(inception_file):
+    images = torch.rand(2, 3, 40, 30, generator=torch.Generator().manual_seed(0))
+    seen = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+    with torch.no_grad():
+        features = common.inception_network(inception_file)(seen).numpy()
+    assert np.allclose(
+        common.inception_features(images, inception_file), features, rtol=1e-4, atol=1e-4 * features.max()
+    )
+
+
+def test_inception_fid_is_reported_with_its_features_and_kept_statistics(inception_file, tmp_path):
+    images = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    same = acwgan.inception_fid(inception_file, images, images, "glyphs", tmp_path)
+    assert abs(same["fid"]) < 1e-6 * common.inception_features(images, inception_file).var(0).sum()
+    assert "NOT the published file" in same["features"]
+    (kept,) = tmp_path.glob("inception-*-glyphs-test-12.npz")
+    written = kept.stat().st_mtime_ns
+    assert acwgan.inception_fid(inception_file, images / 2, images, "glyphs", tmp_path)["fid"] > same["fid"]
+    assert kept.stat().st_mtime_ns == written
+    kept.write_bytes(b"PK")
+    with pytest.raises(common.Failure, match="damaged"):
+        acwgan.inception_fid(inception_file, images, images, "glyphs", tmp_path)
 
 
 def test_inception_features_of_grey_images_are_those_of_three_equal_channels(inception_file):
@@ -317,7 +344,7 @@ def test_images_that_inception_does_not_take_are_refused(inception_file):
 def test_a_weight_file_that_is_not_inceptions_is_named(tmp_path):
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not found")
-    for name, word in (("other.pth", "does not hold"), ("text.pth", "damaged"), ("none.pth", "there is no")):
+    for name, word in (("other.pth", "does not hold"), ("text.pth", "damaged"), ("none.pth", "cannot read")):
         with pytest.raises(common.Failure, match=f"{name}.*{word}|{word}.*{name}"):
             common.inception_features(torch.zeros(1, 1, 8, 8), tmp_path / name)
 
@@ -351,10 +378,9 @@ def test_the_gradient_penalty_agrees_with_finite_differences():
     torch.manual_seed(0)
     critic = acwgan.Critic(width=4).double()
     real, fake = torch.rand(2, 3, 1, 28, 28, dtype=torch.float64)
-    real.requires_grad_(False)
 
-    def seeded(rng=0):
-        return torch.Generator().manual_seed(rng)
+    def seeded():
+        return torch.Generator().manual_seed(0)
 
     u = torch.rand(3, 1, 1, 1, generator=seeded())
     x = (u * real + (1 - u) * fake).flatten(1)
@@ -424,7 +450,9 @@ def test_the_auxiliary_loss_trains_the_critic_on_real_images_only():
     torch.manual_seed(0)
     critic, (real, fake) = acwgan.Critic(4), torch.rand(2, 8, 1, 28, 28)
     labels = torch.arange(8)
-    parts = acwgan.critic_loss(critic, real, labels, fake)[1]
+    loss, parts = acwgan.critic_loss(critic, real, labels, fake)
+    whole = 10 * parts["penalty"] + parts["auxiliary"] - parts["wasserstein"]
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     assert parts["auxiliary"].item() == pytest.approx(F.cross_entropy(critic(real)[1], labels).item(), rel=1e-5)
     expected = critic(real)[0].mean() - critic(fake)[0].mean()
     assert parts["wasserstein"].item() == pytest.approx(expected.item(), abs=1e-5)
@@ -468,14 +496,14 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(small_run, tmp_path, st
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not (tmp_path / "checkpoint.pt").exists() and time.time() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.002)
     process.send_signal(stop)
     stderr = process.communicate(timeout=60)[1]
     if stop == signal.SIGINT:
         assert process.returncode == 130
-        assert "--resume" in stderr
+        assert "--resume" in stderr.splitlines()[-1]
     position = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["steps"]
-    assert 0 < position < 40, "the run was over before it was stopped: the test shows nothing"
+    assert 0 < position < 60, "the run was over before it was stopped: the test shows nothing"
     resumed = script("acwgan.py", *SMALL, "--out", tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     whole, again = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (small_run[0], tmp_path))
@@ -483,6 +511,33 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(small_run, tmp_path, st
         assert all(torch.equal(again[part][name], tensor) for name, tensor in whole[part].items()), part
     both = [np.load(d / "samples.npz")["images"] for d in (small_run[0], tmp_path)]
     assert np.array_equal(*both)
+
+
+def test_a_run_resumed_within_an_epoch_finds_its_order_and_its_noise_again(tmp_path):
+    args = acwgan.settings([*SMALL, "--out", str(tmp_path)])
+    images, labels = common.glyphs(640)
+
+    def training():
+        return acwgan.Training(args, torch.device("cpu"), "glyphs", 640)
+
+    whole, broken, resumed = training(), training(), training()
+    acwgan.train(whole, images, labels, None)
+
+    def stop_in_the_middle(*batch, step=broken.step):
+        if broken.steps == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*batch)
+
+    broken.step = stop_in_the_middle
+    torch.manual_seed(args.seed)
+    training()
+    with pytest.raises(common.Stopped, match="step 31 of 60"):
+        acwgan.train(broken, images, labels, None)
+    torch.randn(5)
+    resumed.load(tmp_path / "checkpoint.pt")
+    acwgan.train(resumed, images, labels, None)
+    for mine, its in zip(resumed.generator.parameters(), whole.generator.parameters(), strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_two_minutes_of_glyphs_give_digits_of_the_class_asked_for(tmp_path):
@@ -505,7 +560,7 @@ def test_auto_warns_loudly_when_it_falls_back_to_glyphs(tmp_path, monkeypatch, c
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert common.load_digits("auto", tmp_path, True, 100)[0] == "glyphs"
-    assert "NO NUMBER OF THIS RUN IS A RESULT ON MNIST" in capsys.readouterr().err
+    assert "no number of this run is a result on MNIST" in capsys.readouterr().err
 
 
 def test_resuming_checks_what_it_resumes(small_run, tmp_path):
@@ -520,6 +575,9 @@ def test_resuming_checks_what_it_resumes(small_run, tmp_path):
         fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "checkpoint.pt", word)
     torch.save({"generator": {}}, tmp_path / "checkpoint.pt")
     fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "not a checkpoint of acwgan")
+    foreign = torch.load(out / "checkpoint.pt", weights_only=True) | {"steps": "many"}
+    torch.save(foreign, tmp_path / "checkpoint.pt")
+    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "does not fit this version")
 
 
 @pytest.mark.parametrize(
@@ -557,16 +615,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(tmp
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["acwgan.py"])
+def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
+    def no_room():  # files may not grow beyond 100 kB: as on a full disk, the write fails half-way
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/checkpoint.pt")
-
-    with pytest.raises(SystemExit) as end:
-        common.run(full)
-    assert end.value.code == 1
-    assert capsys.readouterr().err == "acwgan.py: error: No space left on device: runs/checkpoint.pt\n"
+    fails(script("acwgan.py", *SMALL, "--out", tmp_path, preexec_fn=no_room), 1, f"{tmp_path / 'reader-glyphs-640.pt'}")
+    assert os.listdir(tmp_path) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
