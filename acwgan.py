@@ -348,7 +348,8 @@ def digit_reader(out, dataset, images, labels):
     """The reader for these training images: the one kept in `out`, or a new one, then kept there."""
     kind = f"reader-{dataset}-{len(images)}"
     path = out / f"{kind}.pt"
-    with torch.random.fork_rng(devices=[]):  # the same reader beside every GAN, and the same GAN beside every reader
+    gpus = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):  # the same reader beside every GAN, and the same GAN beside every reader
         torch.manual_seed(1234)
         reader = DigitReader().to(images.device)
     if path.exists():

@@ -278,7 +278,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     except np.linalg.LinAlgError:
         singular = True
     if singular:  # sqrtm is wrong by percents here: rounding turns zero eigenvalues of S1 S2 negative or complex
-        cross = np.linalg.norm(_root(sigma1).T @ _root(sigma2), "nuc")
+        cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     else:
         cross = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
@@ -338,11 +338,8 @@ def patience(seconds=20):
         socket.setdefaulttimeout(before)
 
 
-NO_DOWNLOAD = (
-    OSError,
-    RuntimeError,
-    http.client.HTTPException,
-)  # no network, wrong hash, a proxy's own page, a full disk
+# no network, a wrong hash, a full disk; a proxy's own page
+NO_DOWNLOAD = (OSError, RuntimeError, http.client.HTTPException)
 
 
 def fetch(url, path, sha256):
