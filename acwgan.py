@@ -344,8 +344,13 @@ def generate(generator, labels, seed):
     return (resize(torch.cat(drawn), 28) * 255).round() / 255
 
 
+def held_out(n):
+    """How many of `n` training images, the last ones, the reader does not learn from: the floor needs fresh ones."""
+    return min(10_000, n // 6)
+
+
 def digit_reader(out, dataset, images, labels):
-    """The reader for these training images: the one kept in `out`, or a new one, then kept there."""
+    """The reader for these training images (N, 1, 28, 28): the one kept in `out`, or a new one, then kept there."""
     kind = f"reader-{dataset}-{len(images)}"
     path = out / f"{kind}.pt"
     gpus = [images.device] if images.device.type == "cuda" else []
@@ -359,7 +364,8 @@ def digit_reader(out, dataset, images, labels):
         except (KeyError, TypeError, AttributeError, RuntimeError):
             raise common.Failure(f"{path} does not fit this version; {anew}") from None
         return reader.eval().requires_grad_(False)
-    train_reader(reader, images, labels)
+    rest = slice(-held_out(len(images)))
+    train_reader(reader, images[rest], labels[rest])
     common.save_checkpoint(path, {"kind": kind, "network": reader.state_dict()})
     return reader
 
@@ -400,17 +406,18 @@ def moments(features):
 def measure(training, reader, images, labels, test_images, test_labels):
     """Print and return the numbers of the report, and the samples (N, 1, 28, 28) they are about, classes equally often.
 
-    The Frechet distance is taken on a second set, whose classes are those of the first N training images; its floor is
-    that of these images themselves: the two differ in what was drawn and in nothing else. (The reader has learnt from
-    these images, which raises the floor a little. That of the first set, whose classes are in other shares than in
-    the test images, is recorded too.)
+    The Frechet distance is taken on a second set, whose classes are those of training images that the reader has not
+    learnt from; its floor is that of these images themselves: the two differ in what was drawn and in nothing else.
+    (That of the first set, whose classes are in other shares than in the test images, is recorded too.)
     """
     n, seed = training.args.samples, training.args.seed
     asked = torch.arange(n, device=images.device) % CLASSES
-    samples, natural = (generate(training.average, y, seed) for y in (asked, labels[:n]))
+    unread = slice(-held_out(len(images)), None)
+    real_images, real_labels = images[unread][:n], labels[unread][:n]
+    samples, natural = (generate(training.average, y, seed) for y in (asked, real_labels))
     features, answers = read(reader, samples)
     test_features, test_answers = read(reader, test_images)
-    drawn, real = read(reader, natural)[0], read(reader, images[:n])[0]
+    drawn, real = read(reader, natural)[0], read(reader, real_images)[0]
     equal, distance, floor = (
         common.frechet_distance(*moments(x), *moments(test_features)) for x in (features, drawn, real)
     )

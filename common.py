@@ -277,7 +277,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         singular = any(p.min() < 1e-6 * p.max() for p in pivots)
     except np.linalg.LinAlgError:
         singular = True
-    if singular:  # sqrtm is wrong by percents here: rounding turns zero eigenvalues of S1 S2 negative or complex
+    if singular:  # rounding turns zero eigenvalues of S1 S2 negative or complex, and sqrtm slow and inexact
         cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     else:
         cross = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
