@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 import zlib
 from pathlib import Path
 
@@ -201,7 +202,8 @@ def load_checkpoint(path, kind, advice):
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files; ours is the one line below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as problem:
         raise Failure(f"cannot read {path} ({problem.strerror}); {advice}") from None
     except Exception:  # torch has no one exception for what can be wrong with a file; whichever it is, the advice holds
