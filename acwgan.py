@@ -11,7 +11,7 @@ reads the digit that was asked for, and how far the samples are from MNIST's tes
     python acwgan.py --benchmark              what a training step costs, and what each speed-up saves
 
 Writes into --out: checkpoint.pt, samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and
-results.json; and reader.pt, the classifier that measures.
+results.json; and reader-<dataset>-<size>.pt, the classifier that measures.
 """
 
 import common
