@@ -18,7 +18,7 @@ import common
 
 
 def settings(argv=None):
-    """The flags. A default is what reached the README's quality soonest on two CPU cores; the log's is in brackets."""
+    """The flags. The defaults are for two CPU cores and little patience; the log's value is in brackets."""
     p = common.parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"))
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
@@ -153,16 +153,21 @@ class DigitReader(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def gradient_penalty(critic, real, fake, rng=None):
-    """Mean of (||grad score(x)||_2 - 1)^2 at x = u * real + (1 - u) * fake (Gulrajani et al. 2017, algorithm 1).
+def gradient_norms(critic, real, fake, rng=None):
+    """||grad score(x)||_2, (N,), at x = u * real + (1 - u) * fake, and differentiable once more.
 
     `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per example, not per pixel,
-    and the norm is over all of an example's pixels. Returns a scalar that can be differentiated once more.
+    and the norm is over all of an example's pixels.
     """
     u = torch.rand(len(real), 1, 1, 1, device=real.device, generator=rng)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between)[0].sum(), between, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    return gradient.flatten(1).norm(dim=1)
+
+
+def gradient_penalty(critic, real, fake, rng=None):
+    """Mean of (||grad score(x)||_2 - 1)^2, a scalar (Gulrajani et al. 2017, algorithm 1); see `gradient_norms`."""
+    return (gradient_norms(critic, real, fake, rng) - 1).square().mean()
 
 
 def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
@@ -315,7 +320,7 @@ def train(training, images, labels, evaluate):
                         "with a lower --critic-lr and --generator-lr; no such state was saved"
                     )
             if epoch_ends and (epoch + 1) % 10 == 0 and training.steps < total:
-                training.history.append(evaluate())
+                training.history.append(evaluate()[0])
             if save:
                 training.save(path)
                 saved = time.time()
@@ -422,13 +427,11 @@ def measure(training, reader, images, labels, test_images, test_labels):
         common.frechet_distance(*moments(x), *moments(test_features)) for x in (features, drawn, real)
     )
 
-    k = min(1000, n, len(test_images))
-    there, here = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
-    u = torch.rand(k, 1, 1, 1, generator=torch.Generator().manual_seed(0)).to(images.device)
-    between = (u * there + (1 - u) * here).requires_grad_()
-    (gradient,) = torch.autograd.grad(training.critic(between)[0].sum(), between)
+    k, rng = min(1000, n, len(test_images)), torch.Generator(images.device).manual_seed(0)
+    test, fake = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
+    norm = gradient_norms(training.critic, test, fake, rng).mean().item()
     with torch.no_grad():
-        wasserstein = training.critic(there)[0].mean() - training.critic(here)[0].mean()
+        wasserstein = (training.critic(test)[0].mean() - training.critic(fake)[0].mean()).item()
     numbers = {
         "step": training.steps,
         "training_seconds": round(training.seconds, 1),
@@ -439,8 +442,8 @@ def measure(training, reader, images, labels, test_images, test_labels):
         "reader_frechet_distance_over_floor": distance / floor,
         "reader_frechet_distance_n": [len(drawn), len(test_features)],
         "reader_frechet_distance_equal_classes": equal,
-        "gradient_norm_on_interpolates": gradient.flatten(1).norm(dim=1).mean().item(),
-        "wasserstein_estimate": wasserstein.item(),
+        "gradient_norm_on_interpolates": norm,
+        "wasserstein_estimate": wasserstein,
     }
     tqdm.write(
         f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from "
@@ -448,8 +451,7 @@ def measure(training, reader, images, labels, test_images, test_labels):
         f"{common.percent(numbers['reader_right_on_test_images'])} test images)\n"
         f"    Frechet distance to the test images, in the reader's features: {distance:.3f}, {distance / floor:.2f}x "
         f"that of real training images (n = {len(drawn):,})\n"
-        f"    critic: Wasserstein estimate {wasserstein:.3f}, gradient norm on interpolates "
-        f"{numbers['gradient_norm_on_interpolates']:.3f}"
+        f"    critic: Wasserstein estimate {wasserstein:.3f}, gradient norm on interpolates {norm:.3f}"
     )
     return numbers, samples, asked
 
@@ -499,7 +501,7 @@ def figure(samples, asked, images, labels):
 
 
 def benchmark(args, images, labels):
-    """Time a training step as it is and without each speed-up, in turns; print and return seconds per step."""
+    """Time a training step as it is and without each speed-up, in turns; print and record the seconds per step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def variant(activation=leaky_relu, layout=torch.channels_last, fused=True, **flags):
@@ -569,8 +571,8 @@ def main(argv=None):
     if args.resume:
         training.load(args.out / "checkpoint.pt")
     weights = args.data / common.INCEPTION
-    if args.inception and not weights.exists():
-        common.fetch(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+    if args.inception:
+        common.inception_weights(args.data)
     if weights.exists():
         common.inception_network(weights)  # a damaged file is told of now, not after the training
     _, test_images, test_labels = common.load_digits(dataset, args.data, False)
@@ -581,7 +583,7 @@ def main(argv=None):
     def evaluate():
         return measure(training, reader, images, labels, test_images, test_labels)
 
-    train(training, images, labels, lambda: evaluate()[0])
+    train(training, images, labels, evaluate)
     numbers, samples, asked = evaluate()
     pixels, asked_for = (samples[:, 0] * 255).round().byte().cpu().numpy(), asked.cpu().numpy()
     common.write_whole(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -64,11 +65,12 @@ def run(main):
     except Failure as problem:
         line, code = f"error: {problem}", problem.code
     except OSError as problem:
-        line, code = f"error: {problem.filename or ''}: {problem.strerror or problem}", 1
+        where = f"{problem.filename}: " if problem.filename else ""
+        line, code = f"error: {where}{problem.strerror or problem}", 1
     except KeyboardInterrupt:
         line, code = "interrupted; nothing is half written; --resume goes on from the last checkpoint, if any", 130
     except (MemoryError, RuntimeError) as problem:  # torch.OutOfMemoryError, and the CPU's allocator
-        if not isinstance(problem, MemoryError) and "memory" not in str(problem):
+        if isinstance(problem, RuntimeError) and not re.search("out of memory|can't allocate memory", str(problem)):
             raise
         line, code = "error: not enough memory; lower --batch-size, --width or --limit, or use --device cpu", 1
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
@@ -193,22 +195,27 @@ def save_checkpoint(path, content):
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path, kind, advice):
-    """What `torch.save` wrote to `path`, on the CPU: a dictionary with `kind` under "kind", or any, if `kind` is None.
+def load_weights(path, advice):
+    """The dictionary that `torch.save` wrote to `path`, on the CPU.
 
     Only tensors and plain values are ever unpickled (`weights_only=True`): a hostile file is refused, not run.
-    Raises Failure, ending in `advice`, if the file is absent, damaged, hostile or of another kind.
+    Raises Failure, ending in `advice`, if the file is absent, damaged or hostile.
     """
     import torch
 
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files; ours is the one line below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as problem:
         raise Failure(f"cannot read {path} ({problem.strerror}); {advice}") from None
     except Exception:  # torch has no one exception for what can be wrong with a file; whichever it is, the advice holds
         raise Failure(f"{path} is damaged, or no checkpoint; {advice}") from None
-    if not isinstance(content, dict) or (kind and content.get("kind") != kind):
+
+
+def load_checkpoint(path, kind, advice):
+    """What a script saved to `path` with `kind` under "kind"; raises Failure as `load_weights`, or for another kind."""
+    content = load_weights(path, advice)
+    if content.get("kind") != kind:
         raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
     return content
 
@@ -344,21 +351,22 @@ def patience(seconds=20):
 NO_DOWNLOAD = (OSError, RuntimeError, http.client.HTTPException)
 
 
-def fetch(url, path, sha256):
-    """Download `url` to `path`, whole or not at all, checked against the first digits of its SHA-256.
+def inception_weights(data_dir):
+    """The path of `INCEPTION` in `data_dir`, where it is downloaded if absent, whole or not at all, its hash checked.
 
     Raises Failure in one line that says which file to put where.
     """
     import torch.hub
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with patience():
-            torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    except NO_DOWNLOAD as problem:
-        raise Failure(
-            f"could not download {url} ({problem}); put that file into {path.parent} as {path.name}"
-        ) from None
+    path = Path(data_dir) / INCEPTION
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with patience():
+                torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION[-12:-4], sys.stderr.isatty())
+        except NO_DOWNLOAD as problem:
+            raise Failure(f"could not download {INCEPTION_URL} ({problem}); put that file at {path}") from None
+    return path
 
 
 def inception_network(weights, device="cpu"):
@@ -373,7 +381,7 @@ def inception_network(weights, device="cpu"):
 
     network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     advice = f"put there {INCEPTION} from {INCEPTION_URL}"
-    state = load_checkpoint(weights, None, advice)
+    state = load_weights(weights, advice)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
@@ -408,9 +416,7 @@ def inception_features(images, weights=None, device="cpu", batch=50):
     low, high = images.min().item(), images.max().item()
     if not (images.is_floating_point() and 0 <= low <= high <= 1):
         raise ValueError(f"images must be floats in [0, 1]; got {images.dtype} from {low} to {high}")
-    if weights is None and not (weights := Path("data") / INCEPTION).exists():
-        fetch(INCEPTION_URL, weights, INCEPTION[-12:-4])
-    network, features = inception_network(weights, device), []
+    network, features = inception_network(weights or inception_weights("data"), device), []
     with torch.inference_mode(), tqdm(total=len(images), desc="Inception", unit="image", disable=None) as bar:
         for part in images.split(batch):
             part = part.to(device, torch.float32).expand(-1, 3, -1, -1)
@@ -515,8 +521,7 @@ def glyphs(n, seed=0):
     angle, shear, x, y, scale_x, scale_y = (draws[:, :6] * 2 - 1).unbind(1)
     angle, shear = 0.3 * angle, 0.3 * shear  # radians: 17 degrees to either side
     a, b = torch.cos(angle) / (0.8 + 0.15 * scale_x), -torch.sin(angle) / (0.8 + 0.15 * scale_y)
-    c, d = -b, a
-    affine = torch.stack([torch.stack([a, b + shear, 0.15 * x], 1), torch.stack([c, d, 0.15 * y], 1)], 1)
+    affine = torch.stack([torch.stack([a, b + shear, 0.15 * x], 1), torch.stack([-b, a, 0.15 * y], 1)], 1)
     images = torch.empty(n, 1, 28, 28)
     for part in torch.arange(n).split(2000):
         drawn = torch.from_numpy(prototypes)[labels[part], width[part]].unsqueeze(1)

@@ -482,6 +482,24 @@ def test_a_run_writes_what_it_promises(small_run):
     assert not list(out.glob("*.part"))
 
 
+def test_the_logs_own_settings_train_at_64_pixels_without_averaging(tmp_path):
+    flags = "--dataset glyphs --limit 64 --epochs 1 --samples 20 --width 4 --image-size 64 --critic-steps 5"
+    flags += " --batch-size 32 --decay none --average 0 --penalty-share 1 --precision fp32 --latent 100"
+    acwgan.main([*flags.split(), "--out", str(tmp_path)])
+    assert np.load(tmp_path / "samples.npz")["images"].shape == (20, 28, 28)
+    there = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert there["steps"] == 2
+    assert next(iter(there["critic_adam"]["state"].values()))["step"] == 10
+    assert all(torch.equal(there["average"][name], tensor) for name, tensor in there["generator"].items())
+
+
+def test_the_benchmark_times_every_variant_and_writes_nothing_but_its_record(tmp_path):
+    record = acwgan.main([*SMALL, "--batch-size", "4", "--benchmark", "--out", str(tmp_path)])
+    assert len(record["seconds_per_step"]) == 8
+    assert 0 < record["share_of_peak"] < 1
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(small_run, tmp_path):
     samples = np.load(small_run[0] / "samples.npz")["images"]
     acwgan.main([*SMALL, "--out", str(tmp_path / "same")])
@@ -550,6 +568,14 @@ def test_fifteen_seconds_of_training_read_five_times_better_than_chance(tmp_path
 # ------------------------------------------------------------------------------------- week 1: when things go wrong
 
 
+def test_inception_that_cannot_be_downloaded_names_the_file_and_its_place(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(common.Failure, match=re.escape(f"put that file at {tmp_path / common.INCEPTION}")):
+        common.inception_weights(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_mnist_that_is_absent_names_the_files_the_folder_and_the_way_out(tmp_path):
     no_network = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     process = script("acwgan.py", "--dataset", "mnist", "--data", tmp_path / "none", "--out", tmp_path, env=no_network)
@@ -609,10 +635,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     fails(script("acwgan.py", *SMALL, "--out", tmp_path / "file" / "below"), 1, str(tmp_path / "file"), "--out")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(tmp_path):
-    flags = [*SMALL, "--generator-lr", "1e30", "--critic-lr", "1e30", "--epochs", "4"]
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
+    flags = [*SMALL, "--generator-lr", "1e30", "--critic-lr", "1e30"]
     fails(script("acwgan.py", *flags, "--out", tmp_path), 1, "not a number", "--critic-lr")
-    assert not (tmp_path / "results.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["reader-glyphs-640.pt"]
+
+
+def test_networks_that_memory_cannot_hold_are_refused_in_one_line(tmp_path):
+    fails(script("acwgan.py", *SMALL, "--width", 10**7, "--out", tmp_path), 1, "memory", "--width")
 
 
 def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
