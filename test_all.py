@@ -689,8 +689,8 @@ def test_every_variant_writes_the_samples_it_promises(transferred):
 
 
 def test_the_samples_are_those_of_the_kept_generator_and_classifier(transferred, small_run):
-    out, flags, _ = transferred
-    original, critic, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
+    out = transferred[0]
+    original, _, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
     samples = np.load(out / "samples-ours.npz")
     generator = transfer.new_generator("ours", {"original": original}, shape, torch.device("cpu"))
     generator.load_state_dict(torch.load(out / "generator-ours.pt", weights_only=True)["generator"])
@@ -711,7 +711,9 @@ def test_a_transfer_that_was_killed_resumes_to_the_same_table(transferred, tmp_p
         time.sleep(0.002)
     process.kill()
     process.wait()
-    assert not (tmp_path / "generator-ours.pt").exists(), "the run was over before it was stopped: the test shows nothing"
+    assert not (tmp_path / "generator-ours.pt").exists(), (
+        "the run was over before it was stopped: the test shows nothing"
+    )
     written = (tmp_path / "generator-scratch.pt").stat().st_mtime_ns
     again = transfer.main([*flags, "--out", str(tmp_path), "--resume"])
     assert (tmp_path / "generator-scratch.pt").stat().st_mtime_ns == written
@@ -740,7 +742,7 @@ def week2(small_run):
     original, critic, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
     nets = {"original": original, "critic": critic, "target": transfer.ModelA().eval()}
     nets |= {"auxiliary": transfer.Auxiliary().eval(), "robust auxiliary": transfer.Auxiliary().eval()}
-    nets["reference"] = torch.randn(40, 128)
+    nets["reference"] = dict.fromkeys(("auxiliary", "robust auxiliary"), torch.randn(40, 128))
     for name in ("target", "auxiliary", "robust auxiliary"):
         nets[name].requires_grad_(False)
     return nets, shape
@@ -754,8 +756,8 @@ def test_the_logs_distance_moves_no_weight_and_the_true_one_does(week2):
         images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
         terms = transfer.composition(variant, args, nets, images, labels, labels, images.detach())
         values[variant] = {name: value.item() for name, (_, value) in terms.items()}
-        rest = sum(weight * value for name, (weight, value) in terms.items() if name != "FID")
-        total = rest + terms["FID"][0] * terms["FID"][1]
+        rest = sum(weight * value for name, (weight, value) in terms.items() if name != "distance")
+        total = rest + terms["distance"][0] * terms["distance"][1]
         gradients[variant] = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in (total, rest)]
     assert values["fid"] == values["fid-detached"]
     assert torch.equal(*gradients["fid-detached"])

@@ -4,7 +4,7 @@ The log tried two ways and both failed. Approach 1 trained a new generator again
 auxiliary classifier and a target classifier; its samples "remained just noise images". Approach 2 retrained week 1's
 generator, as AT-GAN does (Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID in place of AT-GAN's Euclidean
 distance; the digits dissolved. This script repeats both, undoes the choice that made each fail, and sets beside them a
-generator whose digits the target takes for the next class while a judge that no loss has seen reads the class asked for.
+generator whose digits the target takes for the next class while a judge in no loss still reads the class asked for.
 
     python acwgan.py && python transfer.py     week 1's generator, then every variant and the table
     python transfer.py --variant ours          one of them (or several); --approach 1 or 2: the log's own
@@ -150,8 +150,9 @@ class Refiner(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- losses
 
 EUCLIDEAN_NOISE, EUCLIDEAN_WEIGHT = 0.1, 0.05
-RATES = {"scratch": 1e-3, "scratch-live": 2e-3, "fid-detached": 1e-4, "fid": 1e-4, "euclidean": 1e-3, "ours": 1e-3}
+RATES = {"scratch": 1e-3, "scratch-live": 2e-3, "fid-detached": 1e-3, "fid": 1e-3, "euclidean": 1e-3, "ours": 1e-3}
 CRITIC_RATE = 1e-3
+PGD = "pgd (1,000)"  # its row: the first 1,000 of the original generator's digits, attacked one by one
 UNUSED = {"data", "out", "device", "variant", "approach", "samples", "resume", "generator", "dataset"}
 
 
@@ -167,6 +168,15 @@ def squared_distance(x, y):
     return (x - y).square().flatten(1).sum(1)
 
 
+def relative_frechet(network, images, reference):
+    """Frechet distance of the images' features to `reference`, real digits' (M, D), over the latter's total variance.
+
+    So it is near 1 for images that have nothing in common with digits, whatever the scale of the features.
+    """
+    distance = common.frechet_distance_torch(network.features(images).float(), reference)
+    return distance / reference.var(0).sum()
+
+
 def composition(variant, args, nets, images, labels, wanted, original):
     """The variant's loss as {term: (weight, value)}; what the generator descends is the sum of weight * value.
 
@@ -175,11 +185,14 @@ def composition(variant, args, nets, images, labels, wanted, original):
     """
     logits = nets["target"](images)
     if variant == "ours":
-        holders = [nets["auxiliary"](images), nets["robust auxiliary"](images), nets["critic"](images)[1]]
+        held = hinge(nets["robust auxiliary"](images), labels, 3.0).mean()
+        spaces = ("auxiliary", "robust auxiliary")
+        frechet = sum(relative_frechet(nets[role], images, nets["reference"][role]) for role in spaces)
         return {
             "adversarial": (1.0, hinge(logits, wanted, 1.0).mean()),
-            "auxiliary": (0.5, sum(hinge(held, labels, 3.0).mean() for held in holders)),
-            "distance": (0.03, squared_distance(images, original).mean()),
+            "auxiliary": (2.0, held),
+            "distance": (3.0, frechet),
+            "euclidean": (0.03, squared_distance(images, original).mean()),
         }
     adversarial = {"adversarial": (args.gamma, F.cross_entropy(logits, wanted))}
     if variant == "euclidean":
@@ -189,9 +202,8 @@ def composition(variant, args, nets, images, labels, wanted, original):
     auxiliary = {"auxiliary": (args.beta, F.cross_entropy(classes, labels)), **adversarial}
     if variant.startswith("scratch"):
         return {"critic": (args.alpha, -score.mean()), **auxiliary}
-    features = nets["auxiliary"].features(images).float()
-    distance = common.frechet_distance_torch(features, nets["reference"])
-    return {"FID": (args.alpha, distance.detach() if variant == "fid-detached" else distance), **auxiliary}
+    distance = relative_frechet(nets["auxiliary"], images, nets["reference"]["auxiliary"])
+    return {"distance": (args.alpha, distance.detach() if variant == "fid-detached" else distance), **auxiliary}
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -340,19 +352,23 @@ def measure(images, original, asked, target, nets, real):
 
 
 def speed(generators, nets, asked, target, seed):
-    """Seconds for 1,000 digits: of each generator, and of 40-step PGD from `original`'s digits; the best of three."""
-    asked = asked[:1000]
+    """Seconds for digits of classes asked (N,): of each generator, the best of three, and, once, of 40-step PGD from
+    the original generator's digits. Returns them by name, and what PGD made, (N, 1, 28, 28), as 8 bits hold it."""
     original = acwgan.generate(nets["original"], asked, seed)
-    work = {name: lambda g=generator: acwgan.generate(g, asked, seed) for name, generator in generators.items()}
-    work["pgd"] = lambda: pgd(nets["target"], original, wanted_class(asked, target), -1)
-    seconds = {name: [] for name in work}
-    for _ in range(3):
-        for name, run in work.items():
-            begin = time.perf_counter()
-            made = run()
-            made.sum().item()  # on a GPU: wait for it
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: min(times) for name, times in seconds.items()}
+
+    def seconds(make):
+        begin = time.perf_counter()
+        made = make()
+        made.sum().item()  # on a GPU: wait for it
+        return time.perf_counter() - begin, made
+
+    times = {
+        name: min(seconds(lambda g=generator: acwgan.generate(g, asked, seed))[0] for _ in range(3))
+        for name, generator in generators.items()
+    }
+    attack = functools.partial(pgd, nets["target"], original, wanted_class(asked, target), -1)
+    times[PGD], made = seconds(attack)
+    return times, (made * 255).round() / 255
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -361,7 +377,9 @@ def speed(generators, nets, asked, target, seed):
 def table(rows):
     """The table as text: a line per variant."""
     head = "variant", "target fooled", "judge reads y", "both", "other target", "Frechet", "L2", "Linf", "samples/s"
-    lines = [f"{head[0]:14}{head[1]:>16}{head[2]:>16}{head[3]:>16}{head[4]:>14}" + "".join(f"{h:>10}" for h in head[5:])]
+    lines = [
+        f"{head[0]:14}{head[1]:>16}{head[2]:>16}{head[3]:>16}{head[4]:>14}" + "".join(f"{h:>10}" for h in head[5:])
+    ]
     for name, row in rows.items():
         rates = [row[key] for key in ("target_fooled", "judge_reads_asked", "adversarial")]
         lines.append(
@@ -372,9 +390,9 @@ def table(rows):
     return "\n".join(lines)
 
 
-def sheet(rows, columns, title, cell=56):
+def sheet(rows, title, columns=16, cell=56):
     """A page of digits: `rows` is [(name, images (N, 1, 28, 28))], a line of `columns` images each; `title` on top."""
-    left, top = 150, 34
+    left, top = 120, 34
     page = Image.new("L", (left + columns * (cell + 4), top + len(rows) * (cell + 6)))
     ink = ImageDraw.Draw(page)
     ink.text((8, 8), title, 255, ImageFont.load_default(16))
@@ -387,35 +405,55 @@ def sheet(rows, columns, title, cell=56):
     return page
 
 
-def framework(page, ended, live):
-    """The log's drawing above `page`: (y, z) -> generator -> three frozen networks -> the total that the generator
-    descends, each term with its weight and the value it ended at: as logged, and with a critic that goes on training."""
-    high = 190
+def framework(page, ended):
+    """The log's drawing above `page`: (y, z) -> generator -> critic, auxiliary and target classifier -> the total.
+
+    Beside each weight the value its term ended at, for the variants in `ended`, {variant: {term: (weight, value)}}.
+    """
+    high, font = 200, ImageFont.load_default(14)
     whole = Image.new("L", (page.width, page.height + high))
     whole.paste(page, (0, high))
-    ink, font = ImageDraw.Draw(whole), ImageFont.load_default(14)
+    ink, runs = ImageDraw.Draw(whole), {name: terms for name, terms in ended.items() if name.startswith("scratch")}
 
     def box(x, y, width, text):
         ink.rectangle((x, y, x + width, y + 30), outline=255)
         ink.text((x + width / 2, y + 15), text, 255, font, "mm")
 
-    box(8, 80, 50, "y, z")
-    box(84, 80, 90, "generator")
-    ink.line((58, 95, 84, 95), 255)
-    names = {"critic": ("critic", "alpha"), "auxiliary": ("auxiliary classifier", "beta")}
-    names["adversarial"] = ("target classifier", "gamma")
-    for i, (term, (network, weight)) in enumerate(names.items()):
-        y = 30 + 50 * i
-        ink.line((174, 95, 210, y + 15), 255)
-        box(210, y, 150, network)
-        value = f"{weight} = {ended[term][0]:g},  loss {ended[term][1]:,.2f}"
-        if live:
-            value += f"   (critic goes on training: {live[term][1]:,.2f})"
-        ink.text((372, y + 7), value, 255, font)
-    total, total_live = (sum(w * v for w, v in terms.values()) for terms in (ended, live or ended))
-    text = f"total = alpha * critic + beta * auxiliary + gamma * adversarial = {total:,.2f}"
-    ink.text((8, 8), text + (f"   ({total_live:,.2f})" if live else ""), 255, font)
+    box(8, 90, 50, "y, z")
+    ink.line((58, 105, 80, 105), 255)
+    box(80, 90, 90, "generator")
+    terms = {"critic": ("critic", "alpha"), "auxiliary": ("auxiliary classifier", "beta")}
+    terms["adversarial"] = ("target classifier", "gamma")
+    for i, (name, run) in enumerate(runs.items()):
+        total = sum(weight * value for weight, value in run.values())
+        ink.text((480 + 180 * i, 10), f"{name} ended at", 200, font)
+        ink.text((480 + 180 * i, 175), f"{total:,.2f}", 255, font)
+        for row, term in enumerate(terms):
+            ink.text((480 + 180 * i, 47 + 50 * row), f"{run[term][1]:,.2f}", 255, font)
+    for row, (term, (network, weight)) in enumerate(terms.items()):
+        y = 40 + 50 * row
+        ink.line((170, 105, 200, y + 15), 255)
+        box(200, y, 150, network)
+        ink.text((360, y + 7), f"{weight} = {next(iter(runs.values()))[term][0]:g}", 255, font)
+    ink.text((360, 175), "total", 255, font)
     return whole
+
+
+def write_figures(out, drawn, ended):
+    """The log's two figures, of what there is in `drawn`, {variant: images (N, 1, 28, 28) of the same (z, y)}."""
+    anew = {name: images for name, images in drawn.items() if name.startswith("scratch")}
+    transferred = {name: images for name, images in drawn.items() if name not in anew}
+    blocks = slice(0, 16), slice(16, 32)
+    if anew:
+        page = sheet([(name, images[block]) for name, images in anew.items() for block in blocks], "approach 1")
+        page = framework(page, ended)
+        common.write_whole(out / "synthetic-adversarial-framework.png", lambda file: page.save(file, "png"))
+    if len(transferred) > 1:
+        rows = [(name, images[block]) for block in blocks for name, images in transferred.items()]
+        below = sheet(rows, "the same z and y in each column: approach 2 as logged and as meant, AT-GAN, ours")
+        common.write_whole(
+            out / "synthetic-adversarial-framework-with-fid.png", lambda file: below.save(file, "png", optimize=True)
+        )
 
 
 def load_generator(path, dataset):
@@ -464,17 +502,19 @@ def main(argv=None):
     print("right on test images: " + ", ".join(f"{role} {common.percent(r)}" for role, r in accuracy.items()))
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:2048].to(device)
     with torch.no_grad():
-        nets["reference"] = nets["auxiliary"].features(images[sample]).float()
+        spaces = ("auxiliary", "robust auxiliary")
+        nets["reference"] = {role: nets[role].features(images[sample]).float() for role in spaces}
 
     asked = torch.arange(args.samples, device=device) % CLASSES
     real = acwgan.moments(acwgan.read(nets["reader"], test_images)[0])
     drawn = {"original": acwgan.generate(original, asked, args.seed)}
     generators, rows, ended = {"original": original}, {}, {}
-    _, rows["original"] = measure(drawn["original"], drawn["original"], asked, args.target, nets, real)
+    score = functools.partial(measure, target=args.target, nets=nets, real=real)
+    _, rows["original"] = score(drawn["original"], drawn["original"], asked)
     for variant in args.variant:
         generator, ended[variant] = finished(variant, args, nets, shape, images, labels, device)
         generators[variant], drawn[variant] = generator, acwgan.generate(generator, asked, args.seed)
-        predicted, rows[variant] = measure(drawn[variant], drawn["original"], asked, args.target, nets, real)
+        predicted, rows[variant] = score(drawn[variant], drawn["original"], asked)
         arrays = {
             "images": (drawn[variant][:, 0] * 255).round().byte(),
             "labels": asked,
@@ -482,14 +522,15 @@ def main(argv=None):
             "predicted": predicted,
         }
         arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
-        common.write_whole(
-            args.out / f"samples-{variant}.npz", lambda file, a=arrays: np.savez_compressed(file, **a)
-        )
-    seconds = speed(generators, nets, asked, args.target, args.seed)
-    for name in rows:
-        rows[name]["samples_per_second"] = min(1000, args.samples) / seconds[name]
+        common.write_whole(args.out / f"samples-{variant}.npz", lambda file, a=arrays: np.savez_compressed(file, **a))
+    few = slice(1000)  # half a minute of PGD
+    seconds, perturbed = speed(generators, nets, asked[few], args.target, args.seed)
+    _, rows[PGD] = score(perturbed, drawn["original"][few], asked[few])
+    for name, row in rows.items():
+        row["samples_per_second"] = len(perturbed) / seconds[name]
     print(f"every y is to be taken for {'y + 1' if args.target is None else args.target}; n = {args.samples:,}")
     print(table(rows))
+    write_figures(args.out, drawn, ended)
     return common.write_results(args, {"accuracy": accuracy, "rows": rows, "ended": ended, "seconds": seconds})
 
 
