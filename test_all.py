@@ -742,8 +742,9 @@ def week2(small_run):
     original, critic, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
     nets = {"original": original, "critic": critic, "target": transfer.ModelA().eval()}
     nets |= {"auxiliary": transfer.Auxiliary().eval(), "robust auxiliary": transfer.Auxiliary().eval()}
-    nets["reference"] = dict.fromkeys(("auxiliary", "robust auxiliary"), torch.randn(40, 128))
-    for name in ("target", "auxiliary", "robust auxiliary"):
+    nets["batch-norm auxiliary"] = transfer.Auxiliary(batch_norm=True).eval()
+    nets["reference"] = dict.fromkeys(("auxiliary", "batch-norm auxiliary"), torch.randn(40, 128))
+    for name in ("target", "auxiliary", "batch-norm auxiliary", "robust auxiliary"):
         nets[name].requires_grad_(False)
     return nets, shape
 

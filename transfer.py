@@ -103,11 +103,15 @@ class ModelD(Classifier):
 
 
 class Auxiliary(Classifier):
-    """What holds `ours` to y, trained once plainly and once adversarially; its features are those of `fid`, too."""
+    """What `ours` is held by: trained adversarially, it must read y; trained plainly, with batch norm and without, its
+    features are those of the Frechet distance, in `fid` too."""
 
-    def __init__(self):
-        c = [nn.Conv2d(4, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 3, 2, 1)]
-        super().__init__([nn.PixelUnshuffle(2), *c, nn.ReLU(), nn.Flatten(), nn.Linear(2048, 128), nn.ReLU()], 128)
+    def __init__(self, batch_norm=False):
+        layers = [nn.PixelUnshuffle(2)]
+        for inputs, outputs, stride in ((4, 32, 1), (32, 64, 2), (64, 128, 2)):
+            norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), *norm, nn.ReLU()]
+        super().__init__([*layers, nn.Flatten(), nn.Linear(2048, 128), nn.ReLU()], 128)
 
 
 class Judge(Classifier):
@@ -125,7 +129,7 @@ class Refiner(nn.Module):
     starts at zero, so training starts from the original digits.
     """
 
-    def __init__(self, original, width=48):
+    def __init__(self, original, width=40):
         super().__init__()
         self.original, self.latent = copy.deepcopy(original), original.latent
         self.original.eval().requires_grad_(False)
@@ -185,13 +189,11 @@ def composition(variant, args, nets, images, labels, wanted, original):
     """
     logits = nets["target"](images)
     if variant == "ours":
-        held = hinge(nets["robust auxiliary"](images), labels, 3.0).mean()
-        spaces = ("auxiliary", "robust auxiliary")
-        frechet = sum(relative_frechet(nets[role], images, nets["reference"][role]) for role in spaces)
+        frechet = [relative_frechet(nets[role], images, features) for role, features in nets["reference"].items()]
         return {
             "adversarial": (1.0, hinge(logits, wanted, 1.0).mean()),
-            "auxiliary": (2.0, held),
-            "distance": (3.0, frechet),
+            "auxiliary": (2.0, hinge(nets["robust auxiliary"](images), labels, 3.0).mean()),
+            "distance": (4.0, sum(frechet)),
             "euclidean": (0.03, squared_distance(images, original).mean()),
         }
     adversarial = {"adversarial": (args.gamma, F.cross_entropy(logits, wanted))}
@@ -235,16 +237,19 @@ def classifiers(args, dataset, images, labels, device):
         "target": (target, 1, {"epochs": 4, "rate": 1e-3}),
         "transfer target": (other, 2, {"epochs": 4, "rate": 1e-3}),
         "auxiliary": (Auxiliary, 3, {"epochs": 3, "rate": 3e-3, "shift": 2}),
+        "batch-norm auxiliary": (functools.partial(Auxiliary, True), 6, {"epochs": 3, "rate": 3e-3, "shift": 2}),
         "robust auxiliary": (Auxiliary, 4, {"epochs": 4, "rate": 3e-3, "attack": fast_gradient}),
         "judge": (Judge, 5, {"epochs": 10, "rate": 4e-3, "attack": fast_gradient}),
     }
     nets = {}
     for role, (architecture, seed, how) in plan.items():
-        kind, how = f"{architecture.__name__}-{seed}-{dataset}-{len(images)}", {"shift": 0, "smoothing": 0.0} | how
+        how = {"shift": 0, "smoothing": 0.0} | how
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            network = architecture().to(device)
+            kind = f"{type(network).__name__}-{seed}-{dataset}-{len(images)}"
             fit = functools.partial(acwgan.train_classifier, images=images, labels=labels, seed=seed, **how)
-            nets[role] = acwgan.kept_classifier(args.out / f"{kind}.pt", kind, architecture().to(device), fit)
+            nets[role] = acwgan.kept_classifier(args.out / f"{kind}.pt", kind, network, fit)
     return nets
 
 
@@ -274,8 +279,9 @@ def train(variant, args, nets, shape, images, labels, device):
         nets["critic"] = copy.deepcopy(nets["critic"]).requires_grad_(True)
         critic_adam = torch.optim.Adam(nets["critic"].parameters(), CRITIC_RATE, (0.0, 0.99))
     ended = {}
-    for step in tqdm(range(args.steps), variant, unit="step", disable=None):
-        adam.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * (1 - step / args.steps)
+    steps = args.steps * (2 if variant == "ours" else 1)  # fooled and read at once: 93 % at 1,000, 98 % at 2,000
+    for step in tqdm(range(steps), variant, unit="step", disable=None):
+        adam.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * (1 - step / steps)
         latent = torch.randn(args.batch_size, generator.latent, device=device)
         asked = torch.randint(CLASSES, (args.batch_size,), device=device)
         with autocast():
@@ -494,7 +500,8 @@ def main(argv=None):
     nets["reader"] = acwgan.digit_reader(args.out, dataset, images, labels)
     accuracy = {
         role: common.wilson((predict(nets[role], test_images) == test_labels).sum().item(), len(test_labels))
-        for role in ("target", "transfer target", "auxiliary", "robust auxiliary", "judge", "reader")
+        for role in nets
+        if role not in ("original", "critic")
     }
     few, theirs = test_images[:1000], test_labels[:1000]
     robust = (predict(nets["judge"], pgd(nets["judge"], few, theirs, 1)) == theirs).sum().item()
@@ -502,7 +509,7 @@ def main(argv=None):
     print("right on test images: " + ", ".join(f"{role} {common.percent(r)}" for role, r in accuracy.items()))
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:2048].to(device)
     with torch.no_grad():
-        spaces = ("auxiliary", "robust auxiliary")
+        spaces = ("auxiliary", "batch-norm auxiliary")
         nets["reference"] = {role: nets[role].features(images[sample]).float() for role in spaces}
 
     asked = torch.arange(args.samples, device=device) % CLASSES
