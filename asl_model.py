@@ -488,8 +488,8 @@ class Training:
         return loss.detach() / len(images)
 
     def keep_if_best(self, mAP, names):  # noqa: N803
-        """Write the averaged network in the published format, if none before was as good."""
-        if mAP > self.best:
+        """Write the averaged network in the published format, if none before was better."""
+        if mAP >= self.best:  # of equals the last, whose probabilities are the surest
             self.best = mAP
             content = {"model": self.average.state_dict(), "norm": "batch norm", "num_classes": len(names)}
             common.save_checkpoint(self.file, content | {"idx_to_class": dict(enumerate(names)), "mAP": mAP})
@@ -571,7 +571,7 @@ def run_training(args, device):
     if args.dataset == "scenes":
         dataset, size = f"scenes-{args.digits}", args.limit or 10_000
         _, *data = common.scene_digits(args.digits, args.data, "train")
-        check, test = load_data(args, "validation", names, 1000), load_data(args, "test", names)
+        check, test = load_data(args, "validation", names, min(1000, size)), load_data(args, "test", names)
     else:
         there = (args.data / "coco" / "annotations" / "instances_train2017.json").exists()
         dataset, split = "coco", "train2017" if there else "val2017"

@@ -654,7 +654,8 @@ def download(url, path, bar=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         there = draft.stat().st_size if draft.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
-        with urllib.request.urlopen(request, timeout=20) as answer, open(draft, "ab") as file:
+        opener = urllib.request.build_opener()  # urlopen's own goes on with the proxies of its first call
+        with opener.open(request, timeout=20) as answer, open(draft, "ab") as file:
             if answer.status != 206:  # all of it comes, whatever was asked for
                 there = file.truncate(0)
             total = there + answer.length if answer.length else None
