@@ -46,7 +46,7 @@ def settings(argv=None):
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
     mode.add_argument("--train", action="store_true", help="train on --dataset")
     add("--weights", type=Path, metavar="FILE", help="None: the published ones; for scenes and --train: none")
-    add("--arch", choices=ARCHITECTURES, help="None: as --weights" + default("arch"))
+    add("--arch", choices=ARCHITECTURES, help="None: what --weights holds; without --weights" + default("arch")[6:])
     add("--image-size", type=whole(32, 4096), metavar="PIXELS", help="side of the square; None: as the weights are for")
     add("--threshold", type=positive, default=0.5, help="a label is present above this probability [0.8]")
     add("--labels", nargs="+", default=[], metavar="NAME", help="with --image: say these labels' probabilities, too")
@@ -161,15 +161,11 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.downsample = None
-        if stride == 2:
-            pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
-            self.downsample = nn.Sequential(pool, ConvNorm(c_in, c_out, 1))
-        elif c_in != c_out:
-            self.downsample = nn.Sequential(ConvNorm(c_in, c_out, 1))
+        pool = [nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)] if stride == 2 else []
+        self.downsample = nn.Sequential(*pool, ConvNorm(c_in, c_out, 1)) if pool or c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        return (self.residual(x) + (self.downsample(x) if self.downsample else x)).relu_()
+        return (self.residual(x) + self.downsample(x)).relu_()
 
 
 def strided(conv, stride):
@@ -244,8 +240,8 @@ def fold(network):
 
     Equal logits; the gradient still flows to the images, which is what an attack needs.
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    for module in network.modules():
+    network = copy.deepcopy(network).eval()
+    for module in list(network.modules()):
         if isinstance(module, ConvNorm):
             module.fold()
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -291,7 +287,7 @@ def load_asl(path, arch=None, folded=True):
     advice = "name another file with --weights"
     content = common.load_weights(path, advice)
     state = content.get("model", content.get("state_dict", content))
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) and not x.is_sparse for x in state.values()):
         raise common.Failure(f"{path} holds no state dict under 'model' or 'state_dict'; {advice}")
     state = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
     shapes = {name: tuple(x.shape) for name, x in state.items()}
@@ -311,8 +307,7 @@ def load_asl(path, arch=None, folded=True):
         raise common.Failure(f"{path} holds weights that are not finite numbers; {advice}")
     names = content.get("idx_to_class", dict(enumerate(map(str, range(classes)))))
     try:
-        names = {int(i): name for i, name in names.items()}
-        names = [names[i] for i in range(classes)] if len(names) == classes else None
+        names = [{int(i): name for i, name in names.items()}[i] for i in range(classes)]
         if len({name for name in names if name.isprintable()}) < classes:
             raise ValueError
     except (AttributeError, TypeError, ValueError, KeyError):
@@ -364,6 +359,7 @@ class AsymmetricLoss(nn.Module):
 
     def forward(self, logits, targets):
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        targets = targets.to(logits)
         log_p, log_1_p = F.logsigmoid(logits), F.logsigmoid(-logits)
         # log(1 - q) = log(min(1 - p + clip, 1))
         log_1_q = torch.logaddexp(log_1_p, log_1_p.new_tensor(self.clip).log()).clamp(max=0)
@@ -430,8 +426,8 @@ def load_data(args, split, names=None, limit=None):
         names = known
     names = names or known
     if sorted(names) != sorted(known):
-        odd = ", ".join([*set(names) - set(known), *set(known) - set(names)][:3])
-        raise common.Misuse(f"the labels of the weights are not those of {args.dataset}: {odd}, ... are in one of them")
+        odd = [name for name in names if name not in known] or [name for name in known if name not in names]
+        raise common.Misuse(f"the labels of the weights are not {args.dataset}'s: {', '.join(odd[:3])} only one has")
     return images, labels[:, [known.index(name) for name in names]], names, what
 
 
@@ -545,10 +541,11 @@ def train(training, data, check):
             save = mark or stop.pressed or time.time() - saved > 60
             if save or training.steps % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3g}", best_mAP=f"{max(0, training.best):.2%}", refresh=False)
-                if not loss.isfinite():
+                weights = list(training.network.parameters()) if save else []
+                if not all(x.isfinite().all() for x in [loss, *weights]):
                     raise common.Failure(
-                        f"the loss is not a number any more at step {training.steps:,}; start anew with a lower --lr; "
-                        "no such state was saved"
+                        f"the loss or a weight is not a number any more at step {training.steps:,}; start anew with a "
+                        "lower --lr; no such state was saved"
                     )
             if mark:
                 said = predict(fold(training.average), images, training.device)
@@ -662,6 +659,8 @@ def main(argv=None):
         network, names = load_asl(args.weights or published(args.arch or "tresnet_m", args.data), args.arch)
     else:
         network, names = scenes_classifier(args.data, args.out, device, args.digits)
+    if args.arch not in (None, network.arch):
+        raise common.Misuse(f"there is no {args.arch} for {args.dataset} yet; train one, and name it with --weights")
     args.image_size = args.image_size or ARCHITECTURES[network.arch][2]
     if args.image:
         numbers = show(network, names, args, device)

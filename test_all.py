@@ -1314,7 +1314,7 @@ def test_the_order_of_a_files_labels_is_its_own(tiny_coco, tmp_path):
     assert [row.nonzero()[:, 0].tolist() for row in labels] == [[0, 79], [25]]
     numbered = [str(i) for i in range(80)]
     assert asl_model.load_data(args, "val2017", numbered)[2] == names
-    with pytest.raises(common.Misuse, match="labels of the weights are not those of coco: cat"):
+    with pytest.raises(common.Misuse, match="labels of the weights are not coco's: cat"):
         asl_model.load_data(args, "val2017", [*names[:-1], "cat"])
 
 
