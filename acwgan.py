@@ -199,7 +199,7 @@ class Training:
     def __init__(self, args, device, dataset, size):
         torch.manual_seed(args.seed)
         self.args, self.device, self.steps, self.seconds, self.history = args, device, 0, 0.0, []
-        best = "bf16" if has_bf16(device) else "fp32"
+        best = "bf16" if common.has_bf16(device) else "fp32"
         self.precision = best if args.precision == "auto" else args.precision
         self.generator = Generator(args.latent, args.width, args.image_size).to(device)
         self.critic = Critic(args.width, args.image_size).to(device)
@@ -261,34 +261,20 @@ class Training:
         common.save_checkpoint(path, {"kind": "acwgan", "shape": self.shape, **position, **networks})
 
     def load(self, path):
-        """Take over the checkpoint at `path`. Raises Misuse if there is none, or one of other settings."""
-        anew = "leave out --resume to train from the start"
-        if not path.exists():
-            raise common.Misuse(f"there is nothing to resume: no {path}; {anew}")
-        there = common.load_checkpoint(path, "acwgan", anew)
-        shape = there["shape"] if isinstance(there.get("shape"), dict) else {}
-        if differ := [f"{k} {shape.get(k)} there and {v} here" for k, v in self.shape.items() if v != shape.get(k)]:
-            raise common.Misuse(f"--resume contradicts {path}: {', '.join(differ)}")
-        try:
-            for name in self.parts:
-                getattr(self, name).load_state_dict(there[name])
-            for adam in (self.generator_adam, self.critic_adam):
-                if any(adam.state[p]["exp_avg"].shape != p.shape for p in adam.param_groups[0]["params"]):
-                    raise ValueError("Adam's averages are another network's")
-            self.steps, self.seconds = int(there["steps"]), float(there["seconds"])
-            self.history = list(there["history"])
-            torch.set_rng_state(there["random"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in there["random"]:
-                torch.cuda.set_rng_state(there["random"]["cuda"], self.device)
-        except Exception as problem:  # whatever in it is of another shape or type than a run of this version saves
-            raise common.Failure(f"{path} does not fit this version ({problem!r:.99}); {anew}") from None
+        common.load_run(path, "acwgan", self.shape, self.take)
 
-
-def has_bf16(device):
-    """Whether `device` multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    def take(self, there):
+        """Take over what `save` has written."""
+        for name in self.parts:
+            getattr(self, name).load_state_dict(there[name])
+        for adam in (self.generator_adam, self.critic_adam):
+            if any(adam.state[p]["exp_avg"].shape != p.shape for p in adam.param_groups[0]["params"]):
+                raise ValueError("Adam's averages are another network's")
+        self.steps, self.seconds = int(there["steps"]), float(there["seconds"])
+        self.history = list(there["history"])
+        torch.set_rng_state(there["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in there["random"]:
+            torch.cuda.set_rng_state(there["random"]["cuda"], self.device)
 
 
 def train(training, images, labels, evaluate):
@@ -395,7 +381,7 @@ def train_classifier(network, images, labels, seed, epochs=3, rate=4e-3, shift=2
     for order in tqdm(batches, type(network).__name__, unit="step", disable=None):
         order, (dx, dy) = order.to(images.device), torch.randint(2 * shift + 1, (2,), generator=rng)
         moved = F.pad(images[order], (shift,) * 4)[:, :, dy : dy + 28, dx : dx + 28]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=common.has_bf16(images.device)):
             if attack:
                 moved = attack(network, moved, labels[order])
             logits = network(moved)

@@ -5,6 +5,7 @@ mistyped flag answer at once instead of after the seconds that torch takes to lo
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import gzip
 import http.client
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +23,10 @@ import sys
 import tempfile
 import time
 import types
+import urllib.error
+import urllib.request
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -62,8 +67,8 @@ def run(main):
     try:
         main()
         return
-    except Failure as problem:
-        line, code = f"error: {problem}", problem.code
+    except Failure as problem:  # of a DataLoader's worker: the last line of its traceback
+        line, code = f"error: {str(problem).strip().splitlines()[-1].removeprefix('common.Failure: ')}", problem.code
     except OSError as problem:
         where = f"{problem.filename}: " if problem.filename else ""
         line, code = f"error: {where}{problem.strerror or problem}", 1
@@ -109,7 +114,8 @@ def parser(doc, script, dataset, datasets):
     add("--out", type=Path, default=Path("runs") / script, help="folder for what this run writes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of every random number")
-    add("--dataset", choices=datasets, default=dataset, help="auto: mnist, or glyphs where that can't be had")
+    auto = "auto: mnist, or glyphs where that can't be had"
+    add("--dataset", choices=datasets, default=dataset, help=auto if "auto" in datasets else "of images and labels")
     add("--limit", type=whole(1), metavar="N", help="use only the first N training images; None: all")
     return p
 
@@ -153,6 +159,15 @@ def pick_device(name):
     if not have[name]:
         raise Misuse(f"--device {name}: this machine, or this build of torch, has none; use --device cpu")
     return torch.device(name)
+
+
+def has_bf16(device):
+    """Whether `device` multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 # ------------------------------------------------------------------------------------------ files: whole or not at all
@@ -218,6 +233,25 @@ def load_checkpoint(path, kind, advice):
     if content.get("kind") != kind:
         raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
     return content
+
+
+def load_run(path, kind, shape, take):
+    """Have `take(content)` take over the checkpoint that a run of `kind` left at `path`, to go on with it.
+
+    Raises Misuse if there is none, or one whose "shape", the settings that made it what it is, is not `shape`; Failure
+    if it is damaged, or `take` fails.
+    """
+    anew = "leave out --resume to train from the start"
+    if not path.exists():
+        raise Misuse(f"there is nothing to resume: no {path}; {anew}")
+    there = load_checkpoint(path, kind, anew)
+    other = there["shape"] if isinstance(there.get("shape"), dict) else {}
+    if differ := [f"{k} {other.get(k)} there and {v} here" for k, v in shape.items() if v != other.get(k)]:
+        raise Misuse(f"--resume contradicts {path}: {', '.join(differ)}")
+    try:
+        take(there)
+    except Exception as problem:  # whatever in it is of another shape or type than a run of this version saves
+        raise Failure(f"{path} does not fit this version ({problem!r:.99}); {anew}") from None
 
 
 # ----------------------------------------------------------------------------------------------- the record of a run
@@ -549,3 +583,237 @@ def load_digits(name, data_dir, train=True, limit=None):
     else:
         images, labels = load_mnist(data_dir, train)
     return name, images[:limit], labels[:limit]
+
+
+# ---------------------------------------------------------------------------------------------- multi-label: scenes
+
+MOST_DIGITS = 5  # in a scene
+
+
+def scene_digits(source, data_dir, split):
+    """The digits that scenes are made of; `source` as `load_digits`'s name, `split` one of train, validation, test.
+
+    Returns what `load_digits` does. The splits share no digit: validation is the last twelfth of the training digits.
+    """
+    name, images, labels = load_digits(source, data_dir, split != "test")
+    cut = len(images) - len(images) // 12
+    part = {"train": slice(cut), "validation": slice(cut, None), "test": slice(None)}[split]
+    return name, images[part], labels[part]
+
+
+def compose_scenes(images, labels, n, image_size=64, seed=0):
+    """`n` scenes of one to five of the given digits, (M, 1, H, W) in [0, 1] with labels (M,) int64 from 0 to 9.
+
+    Each digit has its own colour, size and place, on a darker ground; places are cells of a 3x3 grid, moved a little,
+    so that digits touch but seldom hide one another. Returns (n, 3, image_size, image_size) float32 in [0, 1] and
+    labels (n, 10) float32, 1 for the digits present; the same for the same `seed` and digits, whatever `n`.
+    """
+    import torch
+
+    side = images.shape[-1]
+    draws = torch.rand(n, 13 + 7 * MOST_DIGITS, generator=torch.Generator().manual_seed(seed))  # a row a scene
+    ground, cells, slots = 0.4 * draws[:, 1:4], draws[:, 4:13].argsort(1), draws[:, 13:].view(n, MOST_DIGITS, 7)
+    shown = torch.arange(MOST_DIGITS) < 1 + (draws[:, :1] * MOST_DIGITS).long()
+    digit = (slots[..., 0] * len(images)).long()
+    scale = image_size * (20 + 10 * slots[..., 1]) / (64 * side)  # 20 to 30 of 64 pixels
+    cell = torch.stack([cells // 3, cells % 3], 2)[:, :MOST_DIGITS] - 1
+    centre = image_size * (0.5 + 0.29 * cell + 0.06 * (2 * slots[..., 2:4] - 1))
+    scenes = ground[..., None, None].repeat(1, 1, image_size, image_size)
+    for slot in range(MOST_DIGITS):
+        for rows in shown[:, slot].nonzero()[:, 0].split(64):  # 64 fit a CPU's cache
+            # bilinear resampling, separable because nothing turns: hat functions times the digit times hat functions
+            at = torch.arange(image_size) + 0.5 - centre[rows, slot, :, None]
+            at = at / scale[rows, slot, None, None] + side / 2 - 0.5
+            down, across = (1 - (at[..., None] - torch.arange(side)).abs()).clamp_(0).unbind(1)
+            ink = down @ images[digit[rows, slot], 0] @ across.mT
+            colour = 0.6 + 0.4 * slots[rows, slot, 4:, None, None]
+            scenes[rows] = torch.lerp(scenes[rows], colour, ink[:, None])
+    return scenes, torch.zeros(n, 10).scatter_reduce(1, labels[digit], shown.float(), "amax")
+
+
+def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
+    """`n` scenes, images (n, 3, image_size, image_size) and labels (n, 10), as `compose_scenes` makes them.
+
+    `source`: mnist, glyphs or auto; `split`: train, validation or test, which share no digit.
+    """
+    return compose_scenes(*scene_digits(source, data_dir, split)[1:], n, image_size, seed)
+
+
+# ---------------------------------------------------------------------------------------------- multi-label: photos
+
+
+def download(url, path, bar=None):
+    """Fetch `url` into the file `path`, whole or not at all; what an earlier call left in `path`.part is gone on from.
+
+    `bar`: tqdm's `disable`. Raises Failure in one line that says which file to put where.
+    """
+    from tqdm import tqdm
+
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = draft.stat().st_size if draft.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+        opener = urllib.request.build_opener()  # urlopen's own goes on with the proxies of its first call
+        with opener.open(request, timeout=20) as answer, open(draft, "ab") as file:
+            if answer.status != 206:  # all of it comes, whatever was asked for
+                there = file.truncate(0)
+            total = there + answer.length if answer.length else None
+            with tqdm(desc=path.name, total=total, initial=there, unit="B", unit_scale=True, disable=bar) as shown:
+                while data := answer.read(1 << 20):
+                    file.write(data)
+                    shown.update(len(data))
+            if answer.length:  # what read() left to come, without a word
+                raise OSError("the connection broke off; the next run goes on from there")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except NO_DOWNLOAD as problem:
+        if getattr(problem, "code", 0) == 416 and draft.exists():  # the part is no part of what is there now
+            draft.unlink()
+            return download(url, path, bar)
+        raise Failure(f"could not download {url} ({problem}); put that file at {path}") from None
+
+
+def open_photo(path):
+    """The photo in an image file as a Pillow RGB image: upright as its EXIF says, transparency laid on white.
+
+    Raises Failure naming the file if it is absent, damaged or truncated, or holds no 8- or 16-bit image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("floating point")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise Failure(f"there is no {path}") from None
+    except Exception as problem:  # Pillow has no one exception for what can be wrong with a file
+        raise Failure(f"{path} is no photo that can be read ({' '.join(str(problem).split()):.120})") from None
+
+
+def load_photo(path, image_size):
+    """One photo, (3, image_size, image_size) float32 in [0, 1], squashed to the square; raises as `open_photo` does."""
+    import torch
+    from PIL import Image
+
+    image = open_photo(path).resize((image_size, image_size), Image.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+class Photos:
+    """Photos read when they are asked for: `photos[i]` is (3, S, S), `photos[a:b]` and `photos[[i, j]]` (N, 3, S, S).
+
+    A torch Dataset in all but name (importing torch takes seconds): a DataLoader takes it, with workers.
+    """
+
+    def __init__(self, paths, image_size):
+        self.paths, self.shape = list(paths), (len(paths), 3, image_size, image_size)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        import torch
+
+        if isinstance(index, slice):
+            index = range(len(self))[index]
+        elif not hasattr(index, "__len__") or getattr(index, "ndim", 1) == 0:
+            return load_photo(self.paths[index], self.shape[-1])
+        photos = [load_photo(self.paths[i], self.shape[-1]) for i in index]
+        return torch.stack(photos) if photos else torch.empty(0, *self.shape[1:])
+
+
+COCO_URL = "http://images.cocodataset.org/"
+
+
+def load_coco(data_dir, image_size, limit=None, split="val2017"):
+    """COCO's photos, labels and class names from `data_dir`/coco; what is absent is downloaded.
+
+    Reads annotations/instances_<split>.json and <split>/*.jpg. Returns `Photos` of N photos in ascending id order (the
+    first `limit`), labels (N, 80) float32, 1 for the classes present, and the 80 names, in ascending category id order.
+    A photo without annotation has no label. Raises Failure naming the file that is absent, damaged or hostile.
+    """
+    folder = Path(data_dir) / "coco"
+    path = folder / "annotations" / f"instances_{split}.json"
+    if not path.exists():
+        fetch_annotations(path)
+    urls, labels, class_names = read_instances(path, f"{COCO_URL}{split}/")
+    urls, labels = dict(list(urls.items())[:limit]), labels[:limit]
+    photos = {folder / split / name: url for name, url in urls.items()}
+    fetch_photos({photo: url for photo, url in photos.items() if not photo.exists()})
+    return Photos(photos, image_size), labels, class_names
+
+
+def read_instances(path, base_url):
+    """COCO's instances file: {file name: url} in ascending id order, labels (N, L) float32, class names."""
+    import torch
+
+    def check(good, what):
+        if not good:
+            raise Failure(f"{path} is damaged, or not COCO's: {what}; delete it, and it is downloaded again")
+
+    try:
+        content = json.loads(path.read_bytes())
+        categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+        images = {i["id"]: i for i in sorted(content["images"], key=lambda i: i["id"])}
+        names = [(i["file_name"], i.get("coco_url")) for i in images.values()]
+        present = {(a["image_id"], a["category_id"]) for a in content["annotations"]}
+        check(len(categories) == len(set(categories.values())) == len(content["categories"]), "a category comes twice")
+        check(len(images) == len(content["images"]), "two photos have one id")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+        check(False, f"{type(problem).__name__}: {' '.join(str(problem).split()):.120}")
+    check(images and categories, "no photo, or no category")
+    urls = {}
+    for name, url in names:
+        # a name such as ../../x would read, or have downloaded, a file outside its folder
+        plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:") and name.strip(". ")
+        check(plain, f"{name!r:.99} is not the name of a file in its folder")
+        check(name not in urls, f"{name} comes twice")
+        urls[name] = url if isinstance(url, str) and url.startswith(COCO_URL) else base_url + name
+    check(all(isinstance(name, str) and name.isprintable() for name in categories.values()), "a class name is no text")
+    row, column = ({key: place for place, key in enumerate(keys)} for keys in (images, categories))
+    labels = torch.zeros(len(images), len(categories))
+    for image, category in present:
+        check(image in row, f"an annotation is of photo {image!r:.99}, which is not listed")
+        check(category in column, f"an annotation is of category {category!r:.99}, which is not listed")
+        labels[row[image], column[category]] = 1
+    return urls, labels, list(categories.values())
+
+
+def fetch_annotations(path):
+    """Download COCO 2017's annotations (241 MB), and keep the one file of them that `path` names."""
+    packed = path.with_name("annotations_trainval2017.zip")
+    try:
+        download(f"{COCO_URL}annotations/{packed.name}", packed)
+        with zipfile.ZipFile(packed) as file, file.open(f"annotations/{path.name}") as source:
+            write_whole(path, lambda target: shutil.copyfileobj(source, target))
+    except Failure as problem:
+        raise Failure(f"there is no {path}, and {problem}, or put {path.name} there yourself") from None
+    except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as problem:
+        packed.unlink()
+        raise Failure(f"{packed} is damaged ({problem}); it is downloaded again by the next run") from None
+    packed.unlink()
+
+
+def fetch_photos(urls):
+    """Download {path: url}, eight at a time."""
+    from tqdm import tqdm
+
+    if not urls:
+        return
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(download, url, path, True) for path, url in urls.items()]
+        try:
+            for job in tqdm(concurrent.futures.as_completed(jobs), "photos", len(jobs), unit="photo", disable=None):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -2,6 +2,8 @@
 
 import errno
 import gzip
+import http.server
+import io
 import json
 import os
 import pickle
@@ -12,11 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -24,6 +30,7 @@ from PIL import Image
 from torch import nn
 
 import acwgan
+import asl_model
 import common
 import transfer
 
@@ -51,17 +58,20 @@ def write_idx(path, array):
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
+def made_up_mnist(folder):
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for train, n in ((True, 40), (False, 20)):
+        images, labels = common.mnist_files(folder, train)
+        write_idx(images, rng.integers(0, 256, (n, 28, 28)))
+        write_idx(labels, np.arange(n) % 10)
+    return folder
+
+
 @pytest.fixture
 def tiny_mnist(tmp_path):
     """A folder with 40 + 20 made-up digits in MNIST's format."""
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for train, n in ((True, 40), (False, 20)):
-        images, labels = common.mnist_files(tmp_path / "data", train)
-        write_idx(images, rng.integers(0, 256, (n, 28, 28)))
-        write_idx(labels, np.arange(n) % 10)
-    return tmp_path / "data"
+    return made_up_mnist(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
@@ -842,21 +852,781 @@ def test_resuming_a_transfer_of_other_settings_is_refused(transferred):
         transfer.main([*flags, "--steps", "13", "--out", str(out), "--resume", "--variant", "ours"])
 
 
+# --------------------------------------------------------------------------------------------- multi-label: scenes
+
+
+def test_scenes_are_the_same_for_a_seed_whatever_their_number(tiny_mnist):
+    def load(n, **kwargs):
+        return common.load_scenes(n, source="mnist", data_dir=tiny_mnist, **kwargs)
+
+    images, labels = load(130, seed=3)
+    assert images.shape == (130, 3, 64, 64)
+    assert images.dtype == labels.dtype == torch.float32
+    assert 0 <= images.min() < 0.3 < 0.7 < images.max() <= 1
+    assert set(labels.unique().tolist()) == {0, 1}
+    assert set(labels.sum(1).int().tolist()) == {1, 2, 3, 4, 5}
+    for n in (1, 70):
+        assert all(map(torch.equal, load(n, seed=3), (images[:n], labels[:n])))
+    assert not torch.equal(load(130, seed=4)[0], images)
+    assert load(2, image_size=96)[0].shape == (2, 3, 96, 96)
+
+
+def test_a_scenes_labels_are_the_digits_drawn_in_it():
+    for digit in range(10):
+        only = torch.zeros(10, 1, 28, 28)  # the other digits leave no mark
+        only[digit, 0, 13:15, 13:15] = 1
+        images, labels = common.compose_scenes(only, torch.arange(10), 100, seed=1)
+        marked = (images - images[:, :, :1, :1]).abs().amax((1, 2, 3)) > 0.1
+        assert torch.equal(marked, labels[:, digit] == 1)
+        assert 5 < marked.sum() < 60
+
+
+def test_the_digits_of_training_validation_and_test_scenes_are_disjoint(tiny_mnist):
+    train, validation, test = (common.scene_digits("mnist", tiny_mnist, s)[1] for s in ("train", "validation", "test"))
+    assert [len(x) for x in (train, validation, test)] == [37, 3, 20]
+    assert torch.equal(torch.cat([train, validation]), common.load_mnist(tiny_mnist)[0])
+    assert torch.equal(test, common.load_mnist(tiny_mnist, train=False)[0])
+
+
+# --------------------------------------------------------------------------------------------- multi-label: photos
+
+
+def instances():
+    """A valid instances file of three photos, 80 categories with COCO's gaps in their ids, in no order."""
+    ids = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+    return {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "coco_url": "file:///etc/passwd"} for i in (42, 9, 7)],
+        "annotations": [{"image_id": 9, "category_id": c} for c in (90, 1, 1)] + [{"image_id": 42, "category_id": 60}],
+        "categories": [{"id": i, "name": f"name {i}"} for i in reversed(ids)],
+    }
+
+
+@pytest.fixture
+def tiny_coco(tmp_path):
+    """`instances()` and its photos, of one colour each, in COCO's folders."""
+    folder = tmp_path / "data" / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "val2017").mkdir()
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(instances()))
+    for i, colour in ((7, "red"), (9, "lime"), (42, "blue")):
+        Image.new("RGB", (50, 40), colour).save(folder / "val2017" / f"{i:012}.jpg", quality=100)
+    return tmp_path / "data"
+
+
+def test_coco_labels_are_in_ascending_category_order_and_photos_in_ascending_id_order(tiny_coco):
+    images, labels, names = common.load_coco(tiny_coco, 32)
+    assert names[:3] == ["name 1", "name 2", "name 3"]
+    assert names[54] == "name 60"  # the log's "donut", of category id 60, is output 54
+    assert labels.shape == (3, 80)
+    assert [row.nonzero()[:, 0].tolist() for row in labels] == [[], [0, 79], [54]]
+    assert images.shape == (3, 3, 32, 32)
+    assert images[:].argmax(1).flatten(1).mode(1).values.tolist() == [0, 1, 2]
+    assert len(common.load_coco(tiny_coco, 32, limit=2)[0]) == 2
+
+
+def test_photos_are_read_when_asked_for_and_by_a_dataloaders_workers(tiny_coco):
+    images, _, _ = common.load_coco(tiny_coco, 32)
+    images.paths.append(tiny_coco / "none.jpg")
+    assert images[0].shape == (3, 32, 32)
+    for rows in ([2, 0], torch.tensor([2, 0])):
+        assert torch.equal(images[rows], torch.stack([images[2], images[0]]))
+    assert torch.equal(images[1:3], images[[1, 2]])
+    assert images[:0].shape == (0, 3, 32, 32)
+    with pytest.raises(common.Failure, match=r"none\.jpg"):
+        images[3]
+    images.paths.pop()
+    with pytest.raises(IndexError):
+        images[3]
+    (batch,) = torch.utils.data.DataLoader(images, 3, num_workers=1)
+    assert torch.equal(batch, images[:])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda d: d["images"][0].update(file_name="../../x.jpg"), "file in its folder"),
+        (lambda d: d["images"][0].update(file_name="/etc/passwd"), "file in its folder"),
+        (lambda d: d["images"][0].update(file_name="a\\b.jpg"), "file in its folder"),
+        (lambda d: d["images"][0].update(file_name=".."), "file in its folder"),
+        (lambda d: d["images"][0].update(file_name="a\x1b[2J"), "file in its folder"),
+        (lambda d: d["images"][0].update(file_name=["x.jpg"]), "file in its folder"),
+        (lambda d: d["images"][0].update(id=9), "one id"),
+        (lambda d: d["images"][0].update(file_name=d["images"][1]["file_name"]), "comes twice"),
+        (lambda d: d["images"][0].update(id={}), "TypeError"),
+        (lambda d: d["annotations"][0].update(category_id=12), "category 12"),
+        (lambda d: d["annotations"][0].update(image_id=10), "photo 10"),
+        (lambda d: d["annotations"][0].update(image_id=[9]), "TypeError"),
+        (lambda d: d["annotations"].append(None), "TypeError"),
+        (lambda d: d["categories"].append(d["categories"][0]), "comes twice"),
+        (lambda d: d["categories"][0].update(name=5), "no text"),
+        (lambda d: d.update(images={}), "no photo"),
+        (lambda d: d.pop("categories"), "KeyError"),
+    ],
+)
+def test_hostile_annotations_are_refused_in_one_line(tiny_coco, change, word):
+    path = tiny_coco / "coco" / "annotations" / "instances_val2017.json"
+    content = instances()
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(common.Failure, match=rf"instances_val2017\.json is damaged.*{re.escape(word)}") as problem:
+        common.load_coco(tiny_coco, 32)
+    assert "\n" not in str(problem.value)
+    assert "\x1b" not in str(problem.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"images": 5}', "\xff\xfe", "[" * 100_000])
+def test_annotations_that_are_no_json_are_refused_in_one_line(tiny_coco, text):
+    (tiny_coco / "coco" / "annotations" / "instances_val2017.json").write_text(text, encoding="latin-1")
+    with pytest.raises(common.Failure, match="is damaged"):
+        common.load_coco(tiny_coco, 32)
+
+
+def test_every_kind_of_image_file_is_read_right(tmp_path):
+    red = Image.new("RGB", (8, 4), (200, 30, 10))
+    half = Image.new("RGBA", (8, 4), (255, 0, 0, 128))
+    palette = Image.new("P", (8, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 10])
+    clear = palette.copy()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn by 90 degrees clockwise
+    turned = Image.new("RGB", (8, 4), (200, 30, 10))
+    turned.paste((0, 0, 255), (0, 0, 4, 4))
+    grey16 = Image.fromarray(np.full((4, 8), 40_000, np.uint16))
+    cases = {
+        "grey.jpg": (Image.new("L", (8, 4), 90), {}, (90, 90, 90)),
+        "cmyk.jpg": (red.convert("CMYK"), {}, (200, 30, 10)),
+        "palette.png": (palette, {}, (200, 30, 10)),
+        "clear.png": (clear, {"transparency": 1}, (255, 255, 255)),
+        "alpha.png": (half, {}, (255, 127, 127)),
+        "grey-alpha.png": (half.convert("LA"), {}, (165, 165, 165)),
+        "bits.png": (Image.new("1", (8, 4), 1), {}, (255, 255, 255)),
+        "sixteen.png": (grey16, {}, (156, 156, 156)),
+    }
+    for name, (image, options, colour) in cases.items():
+        image.save(tmp_path / name, **options)
+        read = common.open_photo(tmp_path / name)
+        assert read.mode == "RGB"
+        assert read.size == (8, 4), name
+        assert np.abs(np.asarray(read).astype(int) - colour).max() <= 3, name
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    read = common.open_photo(tmp_path / "turned.jpg")
+    assert read.size == (4, 8)
+    assert read.getpixel((2, 1))[2] > 200
+    assert read.getpixel((2, 6))[0] > 150
+
+
+def test_a_photo_is_squashed_to_the_square_in_0_1_without_mean_and_std(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    assert torch.equal(common.load_photo(tmp_path / "photo.png", 30), common.Photos([tmp_path / "photo.png"], 30)[0])
+    Image.fromarray(np.repeat(np.repeat(pixels[:2, :3], 30, 0), 30, 1)).save(tmp_path / "blocks.png")
+    small = common.load_photo(tmp_path / "blocks.png", 96)
+    truth = torch.from_numpy(pixels[:2, :3].copy()).permute(2, 0, 1).float() / 255
+    for row in range(2):
+        for column in range(3):
+            assert torch.allclose(small[:, 24 + 48 * row, 16 + 32 * column], truth[:, row, column], atol=0.01)
+
+
+def test_files_that_are_no_photo_are_named(tmp_path):
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
+    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.jpg").write_text("<html>not found</html>")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    bomb = b"\x89PNG\r\n\x1a\n" + bytes.fromhex("0000000d49484452000fffff000fffff0802000000")
+    (tmp_path / "bomb.png").write_bytes(bomb + zlib.crc32(bomb[12:]).to_bytes(4, "big"))
+    for name in ("truncated.jpg", "text.jpg", "empty.jpg", "folder.jpg", "bomb.png", "float.tif", "none.jpg"):
+        with pytest.raises(common.Failure, match=re.escape(name)) as problem:
+            common.open_photo(tmp_path / name)
+        assert "\n" not in str(problem.value)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files` {path: bytes} with ranges; an answer breaks off after `most` bytes."""
+
+    files, most, seen = {}, 10**9, []
+
+    def do_GET(self):
+        self.seen.append((self.path, self.headers.get("Range")))
+        if self.path not in self.files:
+            return self.send_error(404)
+        data, start = self.files[self.path], int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if start >= len(data):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:][: self.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    class Mine(Server):
+        files, seen = {}, []
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mine) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        Mine.url = f"http://127.0.0.1:{httpd.server_port}/"
+        yield Mine
+        httpd.shutdown()
+
+
+def test_a_download_that_broke_off_is_gone_on_from_and_never_half_there(server, tmp_path):
+    path, data = tmp_path / "new" / "file", np.random.default_rng(0).bytes(300_000)
+    server.files["/file"] = data
+    server.most = 100_000
+    for part in (100_000, 200_000):
+        with pytest.raises(common.Failure, match=rf"broke off.*put that file at {re.escape(str(path))}"):
+            common.download(server.url + "file", path)
+        assert [p.name for p in path.parent.iterdir()] == ["file.part"]
+        assert path.with_name("file.part").read_bytes() == data[:part]
+    common.download(server.url + "file", path)
+    assert path.read_bytes() == data
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    assert [r for _, r in server.seen] == [None, "bytes=100000-", "bytes=200000-"]
+    path.rename(path.with_name("file.part"))  # whole, but killed before it was renamed
+    server.most = 10**9
+    common.download(server.url + "file", path)
+    assert path.read_bytes() == data
+
+
+def test_absent_coco_is_downloaded_only_what_is_asked_for(server, tiny_coco, monkeypatch):
+    folder = tiny_coco / "coco"
+    monkeypatch.setattr(common, "COCO_URL", server.url)
+    annotations, photos = folder / "annotations" / "instances_val2017.json", sorted((folder / "val2017").iterdir())
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.write(annotations, "annotations/instances_val2017.json")
+        file.writestr("annotations/instances_train2017.json", "{}")
+        file.writestr("../evil", "")
+    server.files["/annotations/annotations_trainval2017.zip"] = packed.getvalue()
+    for photo in photos[:2]:
+        server.files[f"/val2017/{photo.name}"] = photo.read_bytes()
+        photo.unlink()
+    photos[2].unlink()
+    annotations.unlink()
+    images, _, _ = common.load_coco(tiny_coco, 32, limit=2)
+    assert images[:].argmax(1).flatten(1).mode(1).values.tolist() == [0, 1]
+    assert os.listdir(folder / "annotations") == [annotations.name]
+    assert sorted(folder.rglob("*.jpg")) == photos[:2]
+    with pytest.raises(common.Failure, match=rf"404.*put that file at {re.escape(str(photos[2]))}"):
+        common.load_coco(tiny_coco, 32)
+
+
+def test_coco_that_cannot_be_downloaded_names_the_file_and_its_place(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    with pytest.raises(common.Failure, match=rf"there is no {re.escape(str(path))}.*annotations_trainval2017\.zip"):
+        common.load_coco(tmp_path, 32)
+    with pytest.raises(common.Failure, match=rf"put that file at {re.escape(str(tmp_path))}/MS_COCO_TRresNet_M_224"):
+        asl_model.published("tresnet_m", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- weeks 3-5: networks
+
+
+@pytest.mark.parametrize(
+    ("arch", "entries", "millions"), [("tresnet_m", 374, 29.50), ("tresnet_l", 535, 53.75), ("tresnet_xl", 649, 75.99)]
+)
+def test_the_networks_have_the_published_files_entries(arch, entries, millions):
+    with torch.device("meta"):
+        network = asl_model.tresnet(arch, 80)
+    state = {name: tuple(x.shape) for name, x in network.state_dict().items()}
+    assert len(state) == entries
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
+    w = {"tresnet_m": 64, "tresnet_l": 76, "tresnet_xl": 83}[arch]
+    some = {
+        "body.conv1.0.weight": (w, 48, 3, 3),
+        "body.conv1.1.running_var": (w,),
+        "body.layer1.0.se.fc1.weight": (64, w, 1, 1),
+        "body.layer2.0.conv1.0.0.weight": (2 * w, w, 3, 3),
+        "body.layer2.0.conv1.0.1.bias": (2 * w,),
+        "body.layer2.0.downsample.1.0.weight": (2 * w, w, 1, 1),
+        "body.layer3.1.conv1.0.weight": (4 * w, 16 * w, 1, 1),
+        "body.layer3.1.se.fc2.bias": (4 * w,),
+        "body.layer4.0.conv2.0.0.weight": (8 * w, 8 * w, 3, 3),
+        "body.layer4.0.conv3.1.running_mean": (32 * w,),
+        "head.fc.weight": (80, 32 * w),
+    }
+    assert some.items() <= state.items()
+    assert not any("num_batches" in name or "layer4.0.se" in name or "filt" in name for name in state)
+
+
+def published_state(arch, classes, seed=0):
+    """A random state dict as InPlace-ABN trains one: gammas of either sign, some of them zero."""
+    torch.manual_seed(seed)
+    state = asl_model.tresnet(arch, classes).state_dict()
+    for name, x in state.items():
+        if name.endswith("running_var"):
+            x.uniform_(0.5, 2)
+        elif name.endswith(("bias", "running_mean")):
+            x.normal_(0, 0.3)
+        elif name.removesuffix("weight") + "running_mean" in state:
+            x.normal_(0, 0.7)[0] = 0
+    return state
+
+
+def inplace_abn_logits(state, images):
+    """TResNet's logits (N, L) in float64 from a published state dict, written from the papers and sharing no code.
+
+    Blocks are found by the entries' names alone; the norm is InPlace-ABN's; the blur is a convolution.
+    """
+    state = {name: x.double() for name, x in state.items()}
+
+    def conv_abn(x, name, slope):
+        weight = state[f"{name}.0.weight"]
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        gamma, beta, mean, var = (
+            state[f"{name}.1.{part}"][:, None, None] for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        x = (x - mean) / torch.sqrt(var + 1e-5) * (gamma.abs() + 1e-5) + beta
+        return torch.where(x < 0, slope * x, x)
+
+    def conv(x, name, slope):
+        if f"{name}.0.weight" in state:
+            return conv_abn(x, name, slope)
+        x = F.pad(conv_abn(x, f"{name}.0", slope), (1, 1, 1, 1), mode="reflect")
+        kernel = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=torch.float64) / 16
+        return F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), stride=2, groups=x.shape[1])
+
+    n, c, h, w = images.shape
+    x = torch.empty(n, 16 * c, h // 4, w // 4, dtype=torch.float64)
+    for i in range(4):
+        for j in range(4):
+            x[:, (4 * i + j) * c : (4 * i + j + 1) * c] = images[:, :, i::4, j::4]
+    x = conv_abn(x, "body.conv1", 1e-2)
+    blocks = sorted({tuple(map(int, re.findall(r"layer(\d+)\.(\d+)", name)[0])) for name in state if "layer" in name})
+    for stage, i in blocks:
+        name = f"body.layer{stage}.{i}"
+        y = conv(x, f"{name}.conv1", 1e-3)
+        y = conv(y, f"{name}.conv2", 1.0 if stage < 3 else 1e-3)
+        if f"{name}.se.fc1.weight" in state:
+            scale = y.mean((2, 3))
+            for fc, act in (("fc1", torch.relu), ("fc2", torch.sigmoid)):
+                scale = act(scale @ state[f"{name}.se.{fc}.weight"][:, :, 0, 0].T + state[f"{name}.se.{fc}.bias"])
+            y = y * scale[:, :, None, None]
+        if stage > 2:
+            y = conv(y, f"{name}.conv3", 1.0)
+        if f"{name}.downsample.1.0.weight" in state:
+            x = conv_abn(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), f"{name}.downsample.1", 1.0)
+        elif f"{name}.downsample.0.0.weight" in state:
+            x = conv_abn(x, f"{name}.downsample.0", 1.0)
+        x = torch.relu(x + y)
+    return x.mean((2, 3)) @ state["head.fc.weight"].T + state["head.fc.bias"]
+
+
+@pytest.mark.parametrize(("arch", "size"), [("tresnet_s", 64), ("tresnet_m", 72)])
+def test_a_file_in_the_published_format_gives_inplace_abns_logits(tmp_path, arch, size):
+    state = published_state(arch, 5)
+    assert min(x.min() for name, x in state.items() if name.endswith("1.weight")) < -1
+    names = {"3": "d", "0": "a", "4": "e", "1": "b", "2": "c"}
+    torch.save({"model": state, "num_classes": 5, "idx_to_class": names}, tmp_path / "file.pth")
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    truth = inplace_abn_logits(state, images)
+    for folded in (True, False):
+        network, class_names = asl_model.load_asl(tmp_path / "file.pth", folded=folded)
+        assert class_names == list("abcde")
+        assert network.arch == arch
+        assert not network.training
+        with torch.no_grad():
+            error = (network(images) - truth).norm() / truth.norm()
+        assert error < 1e-5, folded
+    torch.save({"state_dict": state | {"body.conv1.1.num_batches_tracked": torch.tensor(7)}}, tmp_path / "file.pth")
+    assert asl_model.load_asl(tmp_path / "file.pth")[1] == list("01234")
+
+
+def test_only_the_norms_gammas_become_their_size_plus_eps():
+    state = {"a.0.weight": torch.tensor([-1.0]), "a.1.running_mean": torch.tensor([-2.0])}
+    state |= {"a.1.weight": torch.tensor([-2.0, 0.0, 3.0]), "a.1.bias": torch.tensor([-4.0])}
+    converted = asl_model.inplace_abn_gammas(state)
+    assert torch.allclose(converted.pop("a.1.weight"), torch.tensor([2.00001, 0.00001, 3.00001]), rtol=1e-7)
+    assert all(x is state[name] for name, x in converted.items())
+
+
+def test_folding_changes_no_logit_and_no_input_gradient():
+    network = asl_model.tresnet("tresnet_s", 4).double()
+    network.load_state_dict(published_state("tresnet_s", 4))
+    network.eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    folded = asl_model.fold(network)
+    results = []
+    for model in (network, folded):
+        x = images.clone().requires_grad_()
+        logits = model(x)
+        results.append((logits, *torch.autograd.grad(logits[:, 1].sum(), x)))
+    for ours, truth in zip(*results, strict=True):
+        assert torch.allclose(ours, truth, rtol=1e-9, atol=1e-12 * truth.abs().max().item())
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(p.requires_grad for p in network.parameters())
+    assert not any(isinstance(module, asl_model.NormAct) for module in folded.modules())
+    assert not any("1.running_mean" in name for name in folded.state_dict())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+def test_the_blur_is_the_reflected_binomial_at_every_second_pixel(size):
+    x = torch.rand(2, 3, *size)
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    truth = F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), kernel.expand(3, 1, 3, 3), stride=2, groups=3)
+    assert torch.allclose(asl_model.BlurPool()(x), truth, atol=1e-6)
+
+
+def test_no_image_of_a_batch_depends_on_the_others_when_evaluated():
+    network = asl_model.fold(asl_model.tresnet("tresnet_s", 4))
+    images = torch.rand(4, 3, 64, 64)
+    assert torch.allclose(network(images)[1:2], network(images[1:2]), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- weeks 3-5: the loss
+
+
+def asl_formula(logits, targets, gamma_neg, gamma_pos, clip):
+    """Equation 7 of Ben-Baruch et al. 2020, as it is printed."""
+    p = 1 / (1 + torch.exp(-logits))
+    q = torch.clamp(p - clip, min=0)
+    positive = -targets * (1 - p) ** gamma_pos * torch.log(p)
+    return (positive - (1 - targets) * q**gamma_neg * torch.log(1 - q)).sum()
+
+
+@pytest.mark.parametrize(
+    ("gamma_neg", "gamma_pos", "clip"), [(4, 1, 0.05), (4, 0, 0.05), (2, 2, 0.0), (1.5, 0.5, 0.2), (0, 0, 0)]
+)
+def test_asl_and_its_gradient_are_the_formulas(gamma_neg, gamma_pos, clip):
+    rng = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(50, 8, generator=rng, dtype=torch.float64)
+    targets = (torch.rand(50, 8, generator=rng) < 0.3).double()
+    exact, ours, single = (logits.clone().to(t).requires_grad_() for t in (torch.float64,) * 2 + (torch.float32,))
+    truth = asl_formula(exact, targets, gamma_neg, gamma_pos, clip)
+    truth.backward()
+    loss = asl_model.AsymmetricLoss(gamma_neg, gamma_pos, clip)
+    for x, t, tolerance in ((ours, targets, 1e-9), (single, targets.float(), 1e-4)):
+        value = loss(x, t)
+        value.backward()
+        assert value.item() == pytest.approx(truth.item(), rel=tolerance)
+        assert torch.allclose(
+            x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance * exact.grad.abs().max().item()
+        )
+    if clip == gamma_neg == gamma_pos == 0:
+        bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        assert truth.item() == pytest.approx(bce.item())
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(4, 1, 0.05), (0.5, 0.5, 0.05), (0, 0, 0), (2, 2, 0)])
+def test_asl_is_finite_and_pulls_the_right_way_at_any_logit(gamma_neg, gamma_pos, clip):
+    logits = torch.tensor([[-1e4, -200.0, -30.0, 30.0, 200.0, 1e4]] * 2, requires_grad=True)
+    targets = torch.tensor([[1.0] * 6, [0.0] * 6])
+    value = asl_model.AsymmetricLoss(gamma_neg, gamma_pos, clip)(logits, targets)
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[0, :3] <= -0.9).all(), "a positive that is far off is pulled up, whatever its distance"
+    assert (logits.grad[1] >= 0).all()
+    if not clip:
+        assert (logits.grad[1, 3:] >= 0.9).all()
+
+
+def test_detached_focal_weights_only_weigh_the_gradient():
+    logits = torch.linspace(-3, 3, 12, dtype=torch.float64).view(2, 6).requires_grad_()
+    targets = (torch.arange(12).view(2, 6) % 2).double()
+    (gradient,) = torch.autograd.grad(asl_model.AsymmetricLoss(4, 1, 0.05, detach=True)(logits, targets), logits)
+    p = torch.sigmoid(logits)
+    q = (p - 0.05).clamp(min=0)
+    by_hand = -targets * (1 - p) * (1 - p) + (1 - targets) * q**4 * (q > 0) * p * (1 - p) / (1 - q)
+    assert torch.allclose(gradient, by_hand)
+
+
+# -------------------------------------------------------------------------------------------- weeks 3-5: measuring
+
+
+def test_mean_average_precision_is_the_brute_force_ones():
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.random((40, 7)), (rng.random((40, 7)) < 0.2).astype(np.float32)
+    labels[:, 3] = 0
+    expected = []
+    for c in range(7):
+        ranked = sorted(zip(probabilities[:, c], labels[:, c], strict=True), reverse=True)
+        precisions, hits = [], 0
+        for rank, (_, label) in enumerate(ranked, 1):
+            if label:
+                hits += 1
+                precisions.append(hits / rank)
+        expected.append(sum(precisions) / len(precisions) if precisions else 0)
+    assert np.allclose(asl_model.average_precision(probabilities, labels), expected)
+    numbers = asl_model.measure(probabilities, labels, 0.5)
+    assert numbers["mAP"] == pytest.approx(sum(expected) / 7)
+    assert numbers["mAP_present"] == pytest.approx(sum(expected) / 6)
+
+
+def test_precision_recall_and_f1_are_the_brute_force_ones():
+    rng = np.random.default_rng(1)
+    probabilities, labels = rng.random((30, 5)), (rng.random((30, 5)) < 0.4).astype(np.float32)
+    probabilities[:, 2] = 0.1
+    counts = []
+    for c in range(5):
+        pairs = [(p > 0.6, t > 0) for p, t in zip(probabilities[:, c], labels[:, c], strict=True)]
+        counts.append([pairs.count(kind) for kind in ((True, True), (True, False), (False, True))])
+    precision = [tp / (tp + fp) if tp else 0 for tp, fp, _ in counts]
+    recall = [tp / (tp + fn) if tp else 0 for tp, _, fn in counts]
+    f1 = [2 * p * r / (p + r) if p else 0 for p, r in zip(precision, recall, strict=True)]
+    tp, fp, fn = np.sum(counts, 0)
+    numbers = asl_model.measure(probabilities, labels, 0.6)
+    assert [numbers[k] for k in ("CP", "CR", "CF1")] == pytest.approx([sum(x) / 5 for x in (precision, recall, f1)])
+    assert numbers["OP"]["rate"] == pytest.approx(tp / (tp + fp))
+    assert numbers["OR"]["rate"] == pytest.approx(tp / (tp + fn))
+    assert numbers["OF1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert asl_model.measure(0 * probabilities, labels, 0.6).get("OP") is None
+
+
+# -------------------------------------------------------------------------------------- weeks 3-5: the whole script
+
+
+def asl_flags(data, out, *flags):
+    return ["--dataset", "scenes", "--digits", "mnist", "--data", str(data), "--out", str(out), *map(str, flags)]
+
+
+SHORT = ("--train", "--epochs", 5, "--limit", 40, "--batch-size", 8)
+
+
+def test_training_keeps_the_best_network_in_the_published_format(tiny_mnist, tmp_path, capsys):
+    record = asl_model.main(asl_flags(tiny_mnist, tmp_path / "run", *SHORT))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "checkpoint.pt", "results.json", "tresnet_s-scenes-mnist.pth"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == json.loads(json.dumps(record))
+    assert record["dataset"] == "scenes-mnist"
+    assert record["n"] == 2000
+    content = torch.load(tmp_path / "run" / "tresnet_s-scenes-mnist.pth", weights_only=True)
+    assert set(content) >= {"model", "num_classes", "idx_to_class"}
+    weights = ["--weights", tmp_path / "run" / "tresnet_s-scenes-mnist.pth"]
+    again = asl_model.main(asl_flags(tiny_mnist, tmp_path / "again", "--evaluate", *weights))
+    assert again["mAP"] == record["mAP"]
+    first, second = (x for x in re.findall(r"mAP (\S+) over 10", capsys.readouterr().out))
+    assert first == second == f"{record['mAP']:.2%}"
+
+
+def test_our_own_files_keep_their_gammas_as_batch_norm_trained_them(tmp_path):
+    state = published_state("tresnet_s", 3)
+    content = {"model": state, "num_classes": 3, "idx_to_class": dict(enumerate("abc")), "norm": "batch norm"}
+    torch.save(content, tmp_path / "own.pth")
+    kept = asl_model.load_asl(tmp_path / "own.pth", folded=False)[0].state_dict()
+    assert all(torch.equal(kept[name], x) for name, x in state.items())
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory):
+    """A folder with 40 + 20 made-up digits in MNIST's format, for the whole module."""
+    return made_up_mnist(tmp_path_factory.mktemp("digits"))
+
+
+LONGER = ("--train", "--epochs", 20, "--limit", 32, "--batch-size", 8)
+
+
+@pytest.fixture(scope="module")
+def whole_training(few_digits, tmp_path_factory):
+    """An uninterrupted run of `LONGER`."""
+    out = tmp_path_factory.mktemp("whole")
+    asl_model.main(asl_flags(few_digits, out, *LONGER))
+    return out
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_training_that_was_stopped_resumes_to_the_same_bits(whole_training, few_digits, tmp_path, stop):
+    flags = asl_flags(few_digits, tmp_path, *LONGER)
+    process = subprocess.Popen([sys.executable, HERE / "asl_model.py", *flags], stderr=subprocess.PIPE, text=True)
+    path, deadline = tmp_path / "checkpoint.pt", time.time() + 60
+    while not path.exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(stop)
+    stderr = process.communicate(timeout=60)[1]
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--resume" in stderr.splitlines()[-1]
+    position = torch.load(path, weights_only=True)["steps"]
+    assert 0 < position < 80, "the run was over before it was stopped: the test shows nothing"
+    with pytest.raises(common.Misuse, match=r"lr 0\.005 there and 0\.1 here"):
+        asl_model.main([*flags, "--resume", "--lr", "0.1"])
+    asl_model.main([*flags, "--resume"])
+    whole, again = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole_training, tmp_path))
+    for part in ("network", "average"):
+        assert all(torch.equal(again[part][name], x) for name, x in whole[part].items()), part
+    name = "tresnet_s-scenes-mnist.pth"
+    assert torch.load(tmp_path / name, weights_only=True)["mAP"] == whole["best"] == again["best"]
+
+
+def test_a_few_seconds_of_training_tell_ten_glyphs_apart():
+    args = asl_model.settings(["--train", "--dataset", "scenes", "--epochs", "1", "--batch-size", "32", "--lr", "5e-3"])
+    args.arch, args.image_size = "tresnet_s", 64
+    digits = common.glyphs(10)
+    torch.manual_seed(0)
+    training = asl_model.Training(args, torch.device("cpu"), asl_model.tresnet("tresnet_s", 10), 160, "scenes-glyphs")
+    for images, labels in asl_model.training_batches(args, digits, training):
+        training.step(images, labels)
+    images, labels = common.compose_scenes(*digits, 300, seed=7)
+    said = asl_model.predict(asl_model.fold(training.average), images, training.device)
+    assert asl_model.average_precision(said, labels.numpy()).mean() > 0.45  # by chance: 0.26
+
+
+def test_photos_are_learnt_by_heart_and_evaluated(tiny_coco, tmp_path, capsys):
+    folder, content, colours = tiny_coco / "coco", instances(), {"red": 60, "lime": 2, "blue": 90}
+    for i, (colour, category) in enumerate(4 * list(colours.items()), 100):
+        Image.new("RGB", (50, 40 + i), colour).save(folder / "val2017" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png"})
+        content["annotations"].append({"image_id": i, "category_id": category})
+    content["annotations"] = content["annotations"][4:]  # the first three photos have no label
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    flags = ["--dataset", "coco", "--data", str(tiny_coco), "--out", str(tmp_path / "run"), "--image-size", "64"]
+    record = asl_model.main([*flags, "--train", "--arch", "tresnet_s", "--epochs", "20", "--batch-size", "6"])
+    assert record["n"] == 12
+    assert record["mAP_present"] == 1
+    assert record["mAP"] == pytest.approx(3 / 80)
+    assert "those it learnt from" in capsys.readouterr().out
+    weights = ["--weights", str(tmp_path / "run" / "tresnet_s-coco.pth")]
+    assert asl_model.main([*flags, *weights, "--evaluate"])["mAP"] == record["mAP"]
+    photo = folder / "val2017" / "100.png"
+    labels = asl_model.main([*flags, *weights, "--image", str(photo), "--labels", "name 60", "name 3"])["labels"]
+    assert {"name 60", "name 3"} <= set(labels)
+    assert max(labels, key=labels.get) == "name 60"
+    with Image.open(tmp_path / "run" / "100-labels.png") as image:
+        assert image.size[0] > 300
+
+
+def test_the_order_of_a_files_labels_is_its_own(tiny_coco, tmp_path):
+    args = asl_model.settings(["--evaluate", "--data", str(tiny_coco), "--image-size", "32"])
+    names = asl_model.load_data(args, "val2017")[2]
+    _, labels, order, _ = asl_model.load_data(args, "val2017", names[::-1])
+    assert order == names[::-1]
+    assert [row.nonzero()[:, 0].tolist() for row in labels] == [[0, 79], [25]]
+    numbered = [str(i) for i in range(80)]
+    assert asl_model.load_data(args, "val2017", numbered)[2] == names
+    with pytest.raises(common.Misuse, match="labels of the weights are not coco's: cat"):
+        asl_model.load_data(args, "val2017", [*names[:-1], "cat"])
+
+
+def test_the_scenes_classifier_is_trained_once_and_says_so(tiny_mnist, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def quick(argv, main=asl_model.main):
+        args = asl_model.settings(argv)
+        assert all(getattr(args, name) is None for name in ("epochs", "batch_size", "lr", "arch", "limit"))
+        trained.append(argv)
+        return main([*argv, *map(str, SHORT[1:])])
+
+    monkeypatch.setattr(asl_model, "main", quick)
+    for _ in range(2):
+        network, names = asl_model.scenes_classifier(tiny_mnist, tmp_path / "out")
+        assert names == list("0123456789")
+        assert network(common.load_scenes(3, source="mnist", data_dir=tiny_mnist)[0]).shape == (3, 10)
+    assert len(trained) == 1
+    assert "is trained first" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------- weeks 3-5: when things go wrong
+
+
+def test_files_that_are_not_published_weights_are_named_with_what_differs(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    state = published_state("tresnet_s", 2)
+    good = {"model": state, "num_classes": 2, "idx_to_class": {0: "a", 1: "b"}}
+    path = tmp_path / "file.pth"
+
+    def refused(content, *words, arch=None):
+        torch.save(content, path)
+        with pytest.raises(common.Failure) as problem:
+            asl_model.load_asl(path, arch)
+        for word in ("file.pth", *words):
+            assert word in str(problem.value)
+        assert len(str(problem.value)) < 500
+
+    refused(good | {"model": Hostile()}, "damaged")
+    assert not (tmp_path / "owned").exists()
+    refused({"model": 5}, "state dict")
+    refused({"model": {"a": 5}}, "state dict")
+    refused(good, "no tresnet_m", "entries differ", "body.conv1.0.weight (16, 48, 3, 3), not (64, 48", arch="tresnet_m")
+    missing = {name: x for name, x in state.items() if name != "head.fc.bias"}
+    refused(good | {"model": missing}, "no tresnet_s: 1 of", "head.fc.bias absent, not (2,)")
+    refused(good | {"model": state | {"extra": torch.zeros(3)}}, "no tresnet_s: 1 of", "extra (3,), not there")
+    refused(good | {"model": state | {"head.fc.bias": torch.tensor([1.0, torch.nan])}}, "not finite")
+    refused(good | {"model": state | {"head.fc.bias": torch.tensor([1, 2])}}, "not finite")
+    for names in ({0: "a"}, {0: "a", 2: "b"}, {0: "a", 1: "a"}, {0: "a", 1: 5}, ["a", "b"], {0: "a", "x": "b"}):
+        refused(good | {"idx_to_class": names}, "idx_to_class")
+    torch.save(good, path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(common.Failure, match=r"file\.pth is damaged"):
+        asl_model.load_asl(path)
+    with pytest.raises(common.Failure, match="cannot read"):
+        asl_model.load_asl(tmp_path / "none.pth")
+
+
+def test_an_unknown_label_is_answered_with_the_nearest():
+    names = ["person", "dining table", "donut", "teddy bear"]
+    assert asl_model.label_index("donut", names) == 2
+    with pytest.raises(common.Misuse, match=r"'dounut' is none of the 4 labels; the nearest: donut"):
+        asl_model.label_index("dounut", names)
+    with pytest.raises(common.Misuse, match="nearest: dining table"):
+        asl_model.label_index("Dinning Table", names)
+    with pytest.raises(common.Misuse, match="person"):
+        asl_model.label_index("", names)
+
+
+def test_a_damaged_photo_ends_an_evaluation_in_one_line(tiny_coco, tmp_path):
+    names = common.load_coco(tiny_coco, 32)[2]
+    content = {"model": published_state("tresnet_s", 80), "num_classes": 80, "idx_to_class": dict(enumerate(names))}
+    torch.save(content, tmp_path / "file.pth")
+    photo = tiny_coco / "coco" / "val2017" / f"{9:012}.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    flags = ["--data", tiny_coco, "--out", tmp_path / "out", "--weights", tmp_path / "file.pth"]
+    fails(script("asl_model.py", "--evaluate", *flags), 1, f"error: {photo} is no photo")
+    fails(script("asl_model.py", "--image", tmp_path / "none.jpg", *flags), 1, "none.jpg")
+    fails(script("asl_model.py", "--image", photo, "--labels", "nam 7", *flags), 2, "nearest: name 7")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "required"),
+        (["--train", "--evaluate"], "not allowed"),
+        (["--train", "--image-size", "65"], "multiple of 4"),
+        (["--evaluate", "--threshold", "1"], "--threshold"),
+        (["--evaluate", "--resume"], "--resume"),
+        (["--train", "--gamma-neg", "nan"], "--gamma-neg"),
+        (["--train", "--arch", "resnet"], "tresnet_xl"),
+        (["--evaluate", "--labels", "dog"], "--labels"),
+    ],
+)
+def test_misuse_of_asl_model_ends_at_once_with_exit_code_2(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        asl_model.settings(flags)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 
-def test_help_answers_without_loading_torch():
-    code = """
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("acwgan.py", "default: 0.999"), ("transfer.py", "default: 64"), ("asl_model.py", "13 for scenes")],
+)
+def test_help_answers_without_loading_torch(name, word):
+    code = f"""
 import runpy, sys
-sys.argv = ["acwgan.py", "--help"]
+sys.argv = ["{name}", "--help"]
 try:
-    runpy.run_path("acwgan.py", run_name="__main__")
+    runpy.run_path("{name}", run_name="__main__")
 except SystemExit:
     assert "torch" not in sys.modules
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert process.returncode == 0, process.stderr
-    assert "default: 0.999" in process.stdout
+    assert word in " ".join(process.stdout.split())
 
 
 def test_every_command_of_the_readme_is_one_the_scripts_take():

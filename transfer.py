@@ -271,7 +271,7 @@ def new_generator(variant, nets, shape, device):
 def train(variant, args, nets, shape, images, labels, device):
     """Train the variant's generator; returns it and what each term of its loss ended at, {term: (weight, value)}."""
     torch.manual_seed(args.seed)
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=acwgan.has_bf16(device))  # noqa: E731
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))  # noqa: E731
     generator, rate = new_generator(variant, nets, shape, device), RATES[variant]
     adam = torch.optim.Adam([p for p in generator.parameters() if p.requires_grad], rate, (0.0, 0.99))
     nets = dict(nets)
