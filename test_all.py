@@ -836,7 +836,8 @@ def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_on
         (["--variant", "best"], "scratch-live"),
         (["--variant", "ours", "--approach", "1"], "--approach"),
         (["--approach", "3"], "--approach"),
-        (["--gamma", "none"], "number"),
+        (["--gamma", "none"], "--gamma"),
+        (["--gamma", "-1"], "not below 0"),
     ],
 )
 def test_misuse_of_transfer_ends_at_once_with_exit_code_2(flags, word, capsys):

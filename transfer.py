@@ -30,7 +30,7 @@ VARIANTS = {  # name: what it is; the log's approach, or None
 def settings(argv=None):
     """The flags; alpha, beta and gamma are the log's, whose values were 1."""
     p = common.parser(__doc__, "transfer", "auto", ("auto", "mnist", "glyphs"))
-    add, whole, positive = p.add_argument, common.whole, common.positive
+    add, whole = p.add_argument, common.whole
     add("--generator", type=common.Path, default=common.Path("runs/acwgan/checkpoint.pt"), help="week 1's checkpoint")
     add("--variant", nargs="+", choices=(*VARIANTS, "all"), help=f"which to train and measure; {'all'!r} by default")
     add("--approach", type=int, choices=(1, 2), help="only the log's own approach 1 (scratch) or 2 (fid-detached)")
@@ -38,14 +38,16 @@ def settings(argv=None):
     add("--target-model", choices=("A", "D"), default="A", help="architecture attacked; the other one tests transfer")
     add("--steps", type=whole(1), default=1000, help="training steps of each variant")
     add("--batch-size", type=whole(2), default=64, help="samples per step")
-    add("--alpha", type=positive, default=1.0, help="weight of the critic's loss (approach 1), of the distance (2)")
-    add("--beta", type=positive, default=1.0, help="weight of the auxiliary classifier's loss")
-    add("--gamma", type=positive, default=1.0, help="weight of the adversarial loss")
+    add("--alpha", type=float, default=1.0, help="weight of the critic's loss (approach 1), of the distance (2)")
+    add("--beta", type=float, default=1.0, help="weight of the auxiliary classifier's loss")
+    add("--gamma", type=float, default=1.0, help="weight of the adversarial loss")
     add("--samples", type=whole(20), default=10_000, help="digits behind every number of the table")
     add("--resume", action="store_true", help="keep the variants in --out that are finished")
     args = p.parse_args(argv)
     if args.variant and args.approach:
         p.error("--approach names variants, and so does --variant: give one of them")
+    if not all(0 <= weight < float("inf") for weight in (args.alpha, args.beta, args.gamma)):
+        p.error("--alpha, --beta and --gamma must be finite and not below 0")
     logged = [name for name, (_, approach) in VARIANTS.items() if approach == args.approach]
     args.variant = logged if args.approach else list(VARIANTS) if "all" in (args.variant or ["all"]) else args.variant
     return args
