@@ -158,7 +158,7 @@ class Refiner(nn.Module):
 EUCLIDEAN_NOISE, EUCLIDEAN_WEIGHT = 0.1, 0.05
 RATES = {"scratch": 1e-3, "scratch-live": 2e-3, "fid-detached": 1e-3, "fid": 1e-3, "euclidean": 1e-3, "ours": 1e-3}
 CRITIC_RATE = 1e-3
-PGD = "pgd (1,000)"  # its row: the first 1,000 of the original generator's digits, attacked one by one
+PGD = "pgd"  # its row: the first 1,000 of the original generator's digits, attacked one by one
 UNUSED = {"data", "out", "device", "variant", "approach", "samples", "resume", "generator", "dataset"}
 
 
@@ -496,6 +496,7 @@ def main(argv=None):
     dataset, images, labels = common.load_digits(shape["dataset"], args.data, True, args.limit)
     _, test_images, test_labels = common.load_digits(dataset, args.data, False)
     images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
+    test_images, test_labels = test_images[: args.samples], test_labels[: args.samples]
     original, critic = original.to(device), critic.to(device)
 
     nets = classifiers(args, dataset, images, labels, device) | {"original": original, "critic": critic}
@@ -540,7 +541,9 @@ def main(argv=None):
     print(f"every y is to be taken for {'y + 1' if args.target is None else args.target}; n = {args.samples:,}")
     print(table(rows))
     write_figures(args.out, drawn, ended)
-    return common.write_results(args, {"accuracy": accuracy, "rows": rows, "ended": ended, "seconds": seconds})
+    facts = {"dataset": dataset, "dataset_size": len(images), "device": str(device)}
+    numbers = {"accuracy": accuracy, "rows": rows, "ended": ended, "seconds_for_up_to_1000_digits": seconds}
+    return common.write_results(args, numbers, **facts)
 
 
 if __name__ == "__main__":
