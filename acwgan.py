@@ -340,46 +340,56 @@ def held_out(n):
     return min(10_000, n // 6)
 
 
+def kept_classifier(path, kind, network, fit):
+    """`network` with the weights kept at `path` under `kind`, or trained by `fit(network)` and then kept there."""
+    if path.exists():
+        anew = "delete it and a new one is trained"
+        try:
+            network.load_state_dict(common.load_checkpoint(path, kind, anew)["network"])
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            raise common.Failure(f"{path} does not fit this version; {anew}") from None
+    else:
+        fit(network)
+        common.save_checkpoint(path, {"kind": kind, "network": network.state_dict()})
+    return network.eval().requires_grad_(False)
+
+
 def digit_reader(out, dataset, images, labels):
     """The reader for these training images (N, 1, 28, 28): the one kept in `out`, or a new one, then kept there."""
     kind = f"reader-{dataset}-{len(images)}"
-    path = out / f"{kind}.pt"
     gpus = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(gpus):  # the same reader beside every GAN, and the same GAN beside every reader
         torch.manual_seed(1234)
         reader = DigitReader().to(images.device)
-    if path.exists():
-        anew = "delete it and a new one is trained"
-        try:
-            reader.load_state_dict(common.load_checkpoint(path, kind, anew)["network"])
-        except (KeyError, TypeError, AttributeError, RuntimeError):
-            raise common.Failure(f"{path} does not fit this version; {anew}") from None
-        return reader.eval().requires_grad_(False)
     rest = slice(-held_out(len(images)))
-    train_reader(reader, images[rest], labels[rest])
-    common.save_checkpoint(path, {"kind": kind, "network": reader.state_dict()})
-    return reader
+    return kept_classifier(
+        out / f"{kind}.pt", kind, reader, lambda network: train_classifier(network, images[rest], labels[rest], 1234)
+    )
 
 
-def train_reader(reader, images, labels):
-    """Train on digits moved by up to 2 pixels, with a one-cycle step size (Smith & Topin 2018)."""
-    rng, batch = torch.Generator().manual_seed(1234), min(128, len(images))
-    epochs = max(3, 300 * batch // len(images))
+def train_classifier(network, images, labels, seed, epochs=3, rate=4e-3, shift=2, smoothing=0.05, attack=None):
+    """Train on digits moved by up to `shift` pixels, with a one-cycle step size (Smith & Topin 2018).
+
+    `attack(network, images, labels)`, if given, makes the images to train on: adversarial training.
+    """
+    rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
+    epochs = max(epochs, 300 * batch // len(images))
     orders = [torch.randperm(len(images), generator=rng)[: len(images) // batch * batch] for _ in range(epochs)]
     batches = torch.cat(orders).split(batch)
-    adam = torch.optim.AdamW(reader.parameters(), weight_decay=0.01, fused=images.device.type != "mps")
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, len(batches), pct_start=0.2)
-    for order in tqdm(batches, "digit reader", unit="step", disable=None):
-        order, (dx, dy) = order.to(images.device), torch.randint(5, (2,), generator=rng)
-        moved = F.pad(images[order], (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
+    adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=images.device.type != "mps")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, len(batches), pct_start=0.2)
+    for order in tqdm(batches, type(network).__name__, unit="step", disable=None):
+        order, (dx, dy) = order.to(images.device), torch.randint(2 * shift + 1, (2,), generator=rng)
+        moved = F.pad(images[order], (shift,) * 4)[:, :, dy : dy + 28, dx : dx + 28]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=common.has_bf16(images.device)):
-            logits = reader(moved)
-        loss = F.cross_entropy(logits.float(), labels[order], label_smoothing=0.05)
+            if attack:
+                moved = attack(network, moved, labels[order])
+            logits = network(moved)
+        loss = F.cross_entropy(logits.float(), labels[order], label_smoothing=smoothing)
         adam.zero_grad()
         loss.backward()
         adam.step()
-        rate.step()
-    reader.eval().requires_grad_(False)
+        schedule.step()
 
 
 @torch.no_grad()

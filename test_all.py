@@ -10,6 +10,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from torch import nn
 import acwgan
 import asl_model
 import common
+import transfer
 
 HERE = Path(__file__).parent
 SMALL = ["--dataset", "glyphs", "--limit", "640", "--samples", "200", "--width", "8", "--epochs", "3"]
@@ -661,6 +663,194 @@ def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
 
     fails(script("acwgan.py", *SMALL, "--out", tmp_path, preexec_fn=no_room), 1, f"{tmp_path / 'reader-glyphs-640.pt'}")
     assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- week 2
+
+TRANSFER = ["--limit", "64", "--samples", "100", "--steps", "12", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def transferred(small_run, tmp_path_factory):
+    """An uninterrupted small run of every variant on the small run's generator: its folder, flags, and numbers."""
+    out = tmp_path_factory.mktemp("transfer")
+    flags = [*TRANSFER, "--generator", str(small_run[0] / "checkpoint.pt")]
+    return out, flags, transfer.main([*flags, "--out", str(out)])
+
+
+def test_every_variant_writes_the_samples_it_promises(transferred):
+    out, _, numbers = transferred
+    assert list(numbers["rows"]) == ["original", *transfer.VARIANTS]
+    for variant in transfer.VARIANTS:
+        samples = np.load(out / f"samples-{variant}.npz")
+        assert samples["images"].shape == (100, 28, 28)
+        assert samples["images"].dtype == np.uint8
+        assert all(samples[name].dtype == np.int64 for name in ("labels", "target", "predicted"))
+        assert np.array_equal(samples["target"], (samples["labels"] + 1) % 10)
+        row = numbers["rows"][variant]
+        assert row["target_fooled"]["rate"] == np.mean(samples["predicted"] == samples["target"])
+        assert row["adversarial"]["rate"] <= min(row["target_fooled"]["rate"], row["judge_reads_asked"]["rate"])
+    assert numbers["rows"]["original"]["mean_l2"] == 0 < numbers["rows"]["euclidean"]["mean_l2"]
+    assert numbers["dataset"] == "glyphs"
+    assert not list(out.glob("*.part"))
+    for name in ("synthetic-adversarial-framework.png", "synthetic-adversarial-framework-with-fid.png"):
+        with Image.open(out / name) as image:
+            assert image.size[0] > 600
+
+
+def test_the_samples_are_those_of_the_kept_generator_and_classifier(transferred, small_run):
+    out = transferred[0]
+    original, _, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
+    samples = np.load(out / "samples-ours.npz")
+    generator = transfer.new_generator("ours", {"original": original}, shape, torch.device("cpu"))
+    generator.load_state_dict(torch.load(out / "generator-ours.pt", weights_only=True)["generator"])
+    drawn = acwgan.generate(generator.eval(), torch.from_numpy(samples["labels"]), 0)
+    assert np.array_equal((drawn[:, 0] * 255).round().byte().numpy(), samples["images"])
+    target = transfer.ModelA()
+    target.load_state_dict(torch.load(next(out.glob("ModelA-*.pt")), weights_only=True)["network"])
+    assert np.array_equal(transfer.predict(target.eval(), drawn).numpy(), samples["predicted"])
+
+
+def test_a_transfer_that_was_killed_resumes_to_the_same_table(transferred, tmp_path):
+    out, flags, numbers = transferred
+    for kept in (*out.glob("Model*.pt"), *out.glob("Auxiliary*.pt"), *out.glob("Judge*.pt"), *out.glob("reader*.pt")):
+        shutil.copy(kept, tmp_path)
+    process = subprocess.Popen([sys.executable, HERE / "transfer.py", *flags, "--out", tmp_path], stdout=-3, stderr=-3)
+    deadline = time.time() + 120
+    while not (tmp_path / "generator-scratch-live.pt").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "generator-ours.pt").exists(), (
+        "the run was over before it was stopped: the test shows nothing"
+    )
+    written = (tmp_path / "generator-scratch.pt").stat().st_mtime_ns
+    again = transfer.main([*flags, "--out", str(tmp_path), "--resume"])
+    assert (tmp_path / "generator-scratch.pt").stat().st_mtime_ns == written
+    for rows in (again["rows"], numbers["rows"]):
+        for row in rows.values():
+            row.pop("samples_per_second", None)
+    assert again["rows"] == numbers["rows"]
+
+
+def test_digits_of_the_wanted_class_do_not_count_as_attacked(transferred, tmp_path):
+    assert transfer.wanted_class(torch.tensor([0, 8, 9]), None).tolist() == [1, 9, 0]
+    assert transfer.wanted_class(torch.tensor([0, 8, 9]), 8).tolist() == [8, 8, 8]
+    out, flags, _ = transferred
+    for kept in out.glob("*-glyphs-64.pt"):
+        shutil.copy(kept, tmp_path)
+    numbers = transfer.main([*flags, "--out", str(tmp_path), "--target", "8", "--approach", "2"])
+    assert list(numbers["rows"]) == ["original", "fid-detached"]
+    assert numbers["rows"]["fid-detached"]["target_fooled"]["n"] == 90
+    assert set(np.load(tmp_path / "samples-fid-detached.npz")["target"]) == {8}
+
+
+@pytest.fixture
+def week2(small_run):
+    """Untrained networks, some samples of a generator that moves, and what `composition` needs besides."""
+    torch.manual_seed(0)
+    original, critic, shape = transfer.load_generator(small_run[0] / "checkpoint.pt", "auto")
+    nets = {"original": original, "critic": critic, "target": transfer.ModelA().eval()}
+    nets |= {"auxiliary": transfer.Auxiliary().eval(), "robust auxiliary": transfer.Auxiliary().eval()}
+    nets["batch-norm auxiliary"] = transfer.Auxiliary(batch_norm=True).eval()
+    nets["reference"] = dict.fromkeys(("auxiliary", "batch-norm auxiliary"), torch.randn(40, 128))
+    for name in ("target", "auxiliary", "batch-norm auxiliary", "robust auxiliary"):
+        nets[name].requires_grad_(False)
+    return nets, shape
+
+
+def test_the_logs_distance_moves_no_weight_and_the_true_one_does(week2):
+    nets, _ = week2
+    args, labels = transfer.settings([]), torch.arange(8)
+    gradients, values = {}, {}
+    for variant in ("fid-detached", "fid"):
+        images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        terms = transfer.composition(variant, args, nets, images, labels, labels, images.detach())
+        values[variant] = {name: value.item() for name, (_, value) in terms.items()}
+        rest = sum(weight * value for name, (weight, value) in terms.items() if name != "distance")
+        total = rest + terms["distance"][0] * terms["distance"][1]
+        gradients[variant] = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in (total, rest)]
+    assert values["fid"] == values["fid-detached"]
+    assert torch.equal(*gradients["fid-detached"])
+    assert not torch.allclose(*gradients["fid"])
+
+
+def test_only_scratch_live_trains_a_critic_and_never_week_ones(week2):
+    nets, shape = week2
+    args = transfer.settings(["--steps", "2", "--batch-size", "4"])
+    images, labels = common.glyphs(20)
+    before = [p.clone() for net in ("critic", "original", "target") for p in nets[net].state_dict().values()]
+    for variant in transfer.VARIANTS:
+        transfer.train(variant, args, nets, shape, images, labels, torch.device("cpu"))
+    after = [p for net in ("critic", "original", "target") for p in nets[net].state_dict().values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_an_untrained_refiner_draws_the_original_digits(week2):
+    nets, shape = week2
+    latent, labels = torch.randn(4, shape["latent"]), torch.arange(4)
+    refiner = transfer.Refiner(nets["original"])
+    assert torch.allclose(refiner(latent, labels), nets["original"](latent, labels), atol=1e-6)
+
+
+def test_the_hinge_stops_pushing_once_the_label_leads_by_its_margin():
+    logits = torch.tensor([[3.0, 0.0, 1.0], [0.0, 2.0, 5.0]], requires_grad=True)
+    value = transfer.hinge(logits, torch.tensor([0, 1]), 1.0)
+    assert value.tolist() == [0.0, 4.0]
+    value.sum().backward()
+    assert logits.grad.tolist() == [[0, 0, 0], [0, -1, 1]]
+
+
+def test_the_attacks_stay_within_eps_and_move_a_linear_classifier_by_the_closed_form():
+    class Linear(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1) @ w, 0 * x.flatten(1).sum(1)], 1)
+
+    w = torch.randn(784, generator=torch.Generator().manual_seed(0))
+    images, labels = torch.full((3, 1, 28, 28), 0.5), torch.zeros(3, dtype=torch.long)
+    towards = transfer.pgd(Linear(), images, labels, -1, eps=0.3, alpha=0.02)
+    assert torch.allclose(towards, images + 0.3 * w.sign().view(1, 28, 28))
+    assert torch.allclose(transfer.pgd(Linear(), images, labels, 1), images - 0.3 * w.sign().view(1, 28, 28))
+    once = transfer.fast_gradient(Linear(), images, labels)
+    assert (once - images).abs().max() <= 0.3 + 1e-6
+    assert ((once - images).flatten(1) @ w < 0).all()
+
+
+def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_one(small_run, tmp_path):
+    checkpoint = small_run[0] / "checkpoint.pt"
+    fails(script("transfer.py", "--generator", tmp_path / "none.pt"), 2, "none.pt", "python acwgan.py --out")
+    fails(script("transfer.py", "--generator", checkpoint, "--dataset", "mnist"), 2, "trained on glyphs", "acwgan.py")
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content | {"shape": content["shape"] | {"image_size": 64}}, tmp_path / "large.pt")
+    fails(script("transfer.py", "--generator", tmp_path / "large.pt"), 2, "64 pixels", "acwgan.py")
+    torch.save(content | {"average": {}}, tmp_path / "other.pt")
+    fails(script("transfer.py", "--generator", tmp_path / "other.pt"), 1, "other.pt does not fit", "acwgan.py")
+    (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    fails(script("transfer.py", "--generator", tmp_path / "half.pt"), 1, "half.pt is damaged", "acwgan.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--target", "10"], "above 9"),
+        (["--variant", "best"], "scratch-live"),
+        (["--variant", "ours", "--approach", "1"], "--approach"),
+        (["--approach", "3"], "--approach"),
+        (["--gamma", "none"], "--gamma"),
+        (["--gamma", "-1"], "not below 0"),
+    ],
+)
+def test_misuse_of_transfer_ends_at_once_with_exit_code_2(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        transfer.settings(flags)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_resuming_a_transfer_of_other_settings_is_refused(transferred):
+    out, flags, _ = transferred
+    with pytest.raises(common.Misuse, match="contradicts"):
+        transfer.main([*flags, "--steps", "13", "--out", str(out), "--resume", "--variant", "ours"])
 
 
 # --------------------------------------------------------------------------------------------- multi-label: scenes
@@ -1433,7 +1623,10 @@ def test_misuse_of_asl_model_ends_at_once_with_exit_code_2(flags, word, capsys):
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 
-@pytest.mark.parametrize(("name", "word"), [("acwgan.py", "default: 0.999"), ("asl_model.py", "13 for scenes")])
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("acwgan.py", "default: 0.999"), ("transfer.py", "--help"), ("asl_model.py", "13 for scenes")],
+)
 def test_help_answers_without_loading_torch(name, word):
     code = f"""
 import runpy, sys
