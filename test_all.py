@@ -1594,10 +1594,12 @@ def test_a_damaged_photo_ends_an_evaluation_in_one_line(tiny_coco, tmp_path):
     torch.save(content, tmp_path / "file.pth")
     photo = tiny_coco / "coco" / "val2017" / f"{9:012}.jpg"
     photo.write_bytes(photo.read_bytes()[:300])
-    flags = ["--data", tiny_coco, "--out", tmp_path / "out", "--weights", tmp_path / "file.pth"]
+    flags = ["--data", str(tiny_coco), "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "file.pth")]
     fails(script("asl_model.py", "--evaluate", *flags), 1, f"error: {photo} is no photo")
-    fails(script("asl_model.py", "--image", tmp_path / "none.jpg", *flags), 1, "none.jpg")
-    fails(script("asl_model.py", "--image", photo, "--labels", "nam 7", *flags), 2, "nearest: name 7")
+    with pytest.raises(common.Failure, match=r"there is no .*none\.jpg"):
+        asl_model.main(["--image", str(tmp_path / "none.jpg"), *flags])
+    with pytest.raises(common.Misuse, match="nearest: name 7"):
+        asl_model.main(["--image", str(photo), "--labels", "nam 7", *flags])
 
 
 @pytest.mark.parametrize(
