@@ -44,7 +44,8 @@ def settings(argv=None):
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
-    mode.add_argument("--train", action="store_true", help="train on --dataset")
+    mode.add_argument("--train", action="store_true", help="train on --dataset (coco: train2017, or without its "
+        "annotations val2017, and measured on the same photos)")  # fmt: skip
     add("--weights", type=Path, metavar="FILE", help="None: the published ones; for scenes and --train: none")
     add("--arch", choices=ARCHITECTURES, help="None: what --weights holds; without --weights" + default("arch")[6:])
     add("--image-size", type=whole(32, 4096), metavar="PIXELS", help="side of the square; None: as the weights are for")
@@ -599,15 +600,10 @@ def evaluate(network, names, data, args, device):
     probabilities = predict(network.to(device), images, device)
     speed = len(images) / (time.perf_counter() - begin)
     numbers = measure(probabilities, labels.numpy(), args.threshold)
-    absent = ""
+    print(f"{len(images):,} {what}, {speed:,.0f} a second: mAP {numbers['mAP']:.2%} over {len(names)} classes")
     if numbers["classes_present"] < len(names):
-        absent = f"; {numbers['mAP_present']:.2%} over the {numbers['classes_present']} that occur"
-    print(
-        f"{what}, n = {len(images):,}: mAP {numbers['mAP']:.2%} over {len(names)} classes{absent} "
-        f"({speed:,.0f} images/s)\n"
-        f"    above {args.threshold}: CP {numbers['CP']:.2%}, CR {numbers['CR']:.2%}, CF1 {numbers['CF1']:.2%}, "
-        f"OF1 {numbers['OF1']:.2%}"
-    )
+        print(f"    {numbers['mAP_present']:.2%} over the {numbers['classes_present']} classes that occur")
+    print(f"    above {args.threshold}:", *(f"{name} {numbers[name]:.2%}" for name in ("CP", "CR", "CF1", "OF1")))
     rates = {"OP": "labels said are right", "OR": "labels present are said", "exact": "images have every label right"}
     for name, text in rates.items():
         if name in numbers:

@@ -11,9 +11,13 @@ generator whose digits the target takes for the next class while a judge in no l
     python transfer.py --target 3              every class is to be taken for a 3
     python transfer.py --resume                goes on with the variants that are not finished yet
 
+--dataset auto is the one that the generator was made with.
+
 Writes into --out: per variant generator-<variant>.pt and samples-<variant>.npz; the two figures of the log;
 results.json; and the classifiers it trained.
 """
+
+from pathlib import Path
 
 import common
 
@@ -31,8 +35,8 @@ def settings(argv=None):
     """The flags; alpha, beta and gamma are the log's, whose values were 1."""
     p = common.parser(__doc__, "transfer", "auto", ("auto", "mnist", "glyphs"))
     add, whole = p.add_argument, common.whole
-    add("--generator", type=common.Path, default=common.Path("runs/acwgan/checkpoint.pt"), help="week 1's checkpoint")
-    add("--variant", nargs="+", choices=(*VARIANTS, "all"), help=f"which to train and measure; {'all'!r} by default")
+    add("--generator", type=Path, default=Path("runs/acwgan/checkpoint.pt"), help="week 1's checkpoint")
+    add("--variant", nargs="+", choices=(*VARIANTS, "all"), help="which to train and measure; None: all")
     add("--approach", type=int, choices=(1, 2), help="only the log's own approach 1 (scratch) or 2 (fid-detached)")
     add("--target", type=whole(0, 9), metavar="K", help="class every digit is to be taken for; None: the next digit")
     add("--target-model", choices=("A", "D"), default="A", help="architecture attacked; the other one tests transfer")
@@ -86,8 +90,8 @@ class Classifier(nn.Module):
 
 
 class ModelA(Classifier):
-    """The default target: Model A of Tramer et al. 2018 (arXiv 1705.07204, table 6), which AT-GAN attacks, with a
-    stride of 2 in its second convolution, for a quarter of the time."""
+    """The default target: Model A of Tramer et al. 2018 (arXiv 1705.07204), the kind that AT-GAN attacks; its second
+    convolution has a stride of 2, for a quarter of the arithmetic."""
 
     def __init__(self):
         convolutions = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU(), nn.Dropout(0.25)]
@@ -95,7 +99,7 @@ class ModelA(Classifier):
 
 
 class ModelD(Classifier):
-    """The other target: Model D of the same table, four dense layers."""
+    """The other target: Model D of the same paper, four dense layers."""
 
     def __init__(self):
         layers = [nn.Flatten()]
@@ -155,11 +159,9 @@ class Refiner(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-EUCLIDEAN_NOISE, EUCLIDEAN_WEIGHT = 0.1, 0.05
-RATES = {"scratch": 1e-3, "scratch-live": 2e-3, "fid-detached": 1e-3, "fid": 1e-3, "euclidean": 1e-3, "ours": 1e-3}
-CRITIC_RATE = 1e-3
-PGD = "pgd"  # its row: the first 1,000 of the original generator's digits, attacked one by one
-UNUSED = {"data", "out", "device", "variant", "approach", "samples", "resume", "generator", "dataset"}
+EUCLIDEAN_WEIGHT = 0.05
+EUCLIDEAN_NOISE = 0.1  # standard deviation of what AT-GAN adds to the original sample
+RATE = 1e-3  # Adam's step size, of every generator and of the critic that goes on training
 
 
 def hinge(logits, labels, margin):
@@ -175,10 +177,8 @@ def squared_distance(x, y):
 
 
 def relative_frechet(network, images, reference):
-    """Frechet distance of the images' features to `reference`, real digits' (M, D), over the latter's total variance.
-
-    So it is near 1 for images that have nothing in common with digits, whatever the scale of the features.
-    """
+    """Frechet distance of the images' features to `reference`, real digits' (M, D), over the latter's total variance:
+    so a weight of 1 means the same whatever the scale of the features."""
     distance = common.frechet_distance_torch(network.features(images).float(), reference)
     return distance / reference.var(0).sum()
 
@@ -274,12 +274,12 @@ def train(variant, args, nets, shape, images, labels, device):
     """Train the variant's generator; returns it and what each term of its loss ended at, {term: (weight, value)}."""
     torch.manual_seed(args.seed)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))  # noqa: E731
-    generator, rate = new_generator(variant, nets, shape, device), RATES[variant]
+    generator, rate = new_generator(variant, nets, shape, device), (2 if variant == "scratch-live" else 1) * RATE
     adam = torch.optim.Adam([p for p in generator.parameters() if p.requires_grad], rate, (0.0, 0.99))
     nets = dict(nets)
     if variant == "scratch-live":
         nets["critic"] = copy.deepcopy(nets["critic"]).requires_grad_(True)
-        critic_adam = torch.optim.Adam(nets["critic"].parameters(), CRITIC_RATE, (0.0, 0.99))
+        critic_adam = torch.optim.Adam(nets["critic"].parameters(), RATE, (0.0, 0.99))
     ended = {}
     steps = args.steps * (2 if variant == "ours" else 1)  # fooled and read at once: 93 % at 1,000, 98 % at 2,000
     for step in tqdm(range(steps), variant, unit="step", disable=None):
@@ -297,12 +297,19 @@ def train(variant, args, nets, shape, images, labels, device):
                 loss.backward()
                 critic_adam.step()
             terms = composition(variant, args, nets, drawn, asked, wanted_class(asked, args.target), original)
+        total = sum(weight * value for weight, value in terms.values())
+        if not total.isfinite():
+            raise common.Failure(f"{variant}: the loss is not a number any more; lower --alpha, --beta or --gamma")
         adam.zero_grad()
-        sum(weight * value for weight, value in terms.values()).backward()
+        total.backward()
         adam.step()
         for name, (weight, value) in terms.items():
             ended[name] = (weight, 0.95 * ended.get(name, (0, value.item()))[1] + 0.05 * value.item())
     return generator.eval(), ended
+
+
+UNUSED = {"data", "out", "device", "variant", "approach", "samples", "resume", "generator", "dataset"}  # by any weight
+PGD = "pgd"  # the table's row of the first 1,000 of the original generator's digits, perturbed
 
 
 def finished(variant, args, nets, shape, images, labels, device):
@@ -310,15 +317,16 @@ def finished(variant, args, nets, shape, images, labels, device):
     kind, path = f"transfer-{variant}", args.out / f"generator-{variant}.pt"
     made = {name: str(value) for name, value in vars(args).items() if name not in UNUSED} | {"trained_on": str(shape)}
     if args.resume and path.exists():
-        anew = "leave out --resume to train it anew"
-        there = common.load_checkpoint(path, kind, anew)
-        if there.get("made") != made:
-            raise common.Misuse(f"--resume contradicts the settings that {path} was made with; {anew}")
-        generator = new_generator(variant, nets, shape, device)
-        generator.load_state_dict(there["generator"])
-        return generator.eval().requires_grad_(False), there["ended"]
+        generator, ended = new_generator(variant, nets, shape, device), {}
+
+        def take(there):
+            generator.load_state_dict(there["generator"])
+            ended.update({name: (float(weight), float(value)) for name, (weight, value) in there["ended"].items()})
+
+        common.load_run(path, kind, made, take)
+        return generator.eval().requires_grad_(False), ended
     generator, ended = train(variant, args, nets, shape, images, labels, device)
-    state = {"kind": kind, "made": made, "generator": generator.state_dict(), "ended": ended}
+    state = {"kind": kind, "shape": made, "generator": generator.state_dict(), "ended": ended}
     common.save_checkpoint(path, state)
     return generator.requires_grad_(False), ended
 
@@ -469,9 +477,9 @@ def load_generator(path, dataset):
 
     Returns (generator, critic, the settings they were trained with), frozen. Raises Misuse for what doesn't fit.
     """
-    if not path.exists():
-        raise common.Misuse(f"there is no generator at {path}; make one with: python acwgan.py --out {path.parent}")
     again = f"make one with: python acwgan.py --out {path.parent}"
+    if not path.exists():
+        raise common.Misuse(f"there is no generator at {path}; {again}")
     there = common.load_checkpoint(path, "acwgan", again)
     try:
         shape = there["shape"]
