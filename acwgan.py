@@ -19,7 +19,8 @@ import common
 
 def settings(argv=None):
     """The flags. The defaults are for two CPU cores and little patience; the log's value is in brackets."""
-    p = common.parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"))
+    p = common.parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"),
+        "auto: mnist, or glyphs where that can't be had")  # fmt: skip
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
     add("--batch-size", type=whole(2), default=32, help="real images per step [64]")

@@ -39,7 +39,7 @@ def settings(argv=None):
     def default(name):
         return f"; None: {DEFAULTS['scenes'][name]} for scenes, {DEFAULTS['coco'][name]} for coco"
 
-    p = common.parser(__doc__, "asl_model", "coco", tuple(DEFAULTS))
+    p = common.parser(__doc__, "asl_model", "coco", tuple(DEFAULTS), "of images and labels")
     add, whole, positive = p.add_argument, common.whole, common.positive
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
@@ -319,12 +319,12 @@ def load_asl(path, arch=None, folded=True):
     return fold(network) if folded else network.eval(), names
 
 
-def label_index(name, class_names):
+def label_index(name, class_names, what="labels"):
     """The place of `name` among `class_names`; raises Misuse, with the nearest names, if it is none of them."""
     if name in class_names:
         return class_names.index(name)
     near = difflib.get_close_matches(name.lower(), class_names, 3, 0.4) or class_names[:3]
-    raise common.Misuse(f"{name!r} is none of the {len(class_names)} labels; the nearest: {', '.join(near)}")
+    raise common.Misuse(f"{name!r} is none of the {len(class_names)} {what}; the nearest: {', '.join(near)}")
 
 
 def scenes_classifier(data_dir="data", out="runs/asl_model", device="cpu", digits="auto"):

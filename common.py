@@ -8,6 +8,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import gzip
+import hashlib
 import http.client
 import io
 import json
@@ -102,8 +103,11 @@ def ctrl_c():
 # --------------------------------------------------------------------------------------------------- flags and device
 
 
-def parser(doc, script, dataset, datasets):
-    """An argparse parser with the flags every script has; `--help` shows `doc` and every default."""
+def parser(doc, script, dataset, datasets, meaning, limit="use only the first N training images; None: all"):
+    """An argparse parser with the flags every script has; `--help` shows `doc` and every default.
+
+    `meaning`, `limit`: what the script's help says of --dataset and --limit.
+    """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
@@ -114,9 +118,8 @@ def parser(doc, script, dataset, datasets):
     add("--out", type=Path, default=Path("runs") / script, help="folder for what this run writes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of every random number")
-    auto = "auto: mnist, or glyphs where that can't be had"
-    add("--dataset", choices=datasets, default=dataset, help=auto if "auto" in datasets else "of images and labels")
-    add("--limit", type=whole(1), metavar="N", help="use only the first N training images; None: all")
+    add("--dataset", choices=datasets, default=dataset, help=meaning)
+    add("--limit", type=whole(1), metavar="N", help=limit)
     return p
 
 
@@ -297,6 +300,63 @@ def write_results(args, numbers, **facts):
     return record
 
 
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+@contextlib.contextmanager
+def patience(seconds=20):
+    """Within the block a connection that brings no byte for so long is given up; urllib itself would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# no network, a wrong hash, a full disk; a proxy's own page
+NO_DOWNLOAD = (OSError, RuntimeError, http.client.HTTPException)
+
+
+def download(url, path, bar=None, sha256=""):
+    """Fetch `url` into the file `path`, whole or not at all; what an earlier call left in `path`.part is gone on from.
+
+    `bar`: tqdm's `disable`; `sha256`: how the content's hash, in hexadecimal, begins. Raises Failure in one line that
+    says which file to put where.
+    """
+    from tqdm import tqdm
+
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = draft.stat().st_size if draft.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+        opener = urllib.request.build_opener()  # urlopen's own goes on with the proxies of its first call
+        with opener.open(request, timeout=20) as answer, open(draft, "ab") as file:
+            if answer.status != 206:  # all of it comes, whatever was asked for
+                there = file.truncate(0)
+            total = there + answer.length if answer.length else None
+            with tqdm(desc=path.name, total=total, initial=there, unit="B", unit_scale=True, disable=bar) as shown:
+                while data := answer.read(1 << 20):
+                    file.write(data)
+                    shown.update(len(data))
+            if answer.length:  # what read() left to come, without a word
+                raise OSError("the connection broke off; the next run goes on from there")
+            file.flush()
+            os.fsync(file.fileno())
+        with open(draft, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(sha256):
+            draft.unlink()
+            raise OSError(f"what came is another file: its SHA-256 is {digest}, not {sha256}...")
+        os.replace(draft, path)
+    except NO_DOWNLOAD as problem:
+        if getattr(problem, "code", 0) == 416 and draft.exists():  # the part is no part of what is there now
+            draft.unlink()
+            return download(url, path, bar, sha256)
+        raise Failure(f"could not download {url} ({problem}); put that file at {path}") from None
+
+
 # ---------------------------------------------------------------------------------------------------- Frechet distance
 
 
@@ -370,36 +430,11 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # TensorFlow's Inception of 
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 
 
-@contextlib.contextmanager
-def patience(seconds=20):
-    """Within the block a connection that brings no byte for so long is given up; urllib itself would wait for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-# no network, a wrong hash, a full disk; a proxy's own page
-NO_DOWNLOAD = (OSError, RuntimeError, http.client.HTTPException)
-
-
 def inception_weights(data_dir):
-    """The path of `INCEPTION` in `data_dir`, where it is downloaded if absent, whole or not at all, its hash checked.
-
-    Raises Failure in one line that says which file to put where.
-    """
-    import torch.hub
-
+    """The path of `INCEPTION` in `data_dir`, where it is downloaded if absent, as `download` does."""
     path = Path(data_dir) / INCEPTION
     if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with patience():
-                torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION[-12:-4], sys.stderr.isatty())
-        except NO_DOWNLOAD as problem:
-            raise Failure(f"could not download {INCEPTION_URL} ({problem}); put that file at {path}") from None
+        download(INCEPTION_URL, path, sha256=INCEPTION[-12:-4])
     return path
 
 
@@ -642,39 +677,6 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
 # ---------------------------------------------------------------------------------------------- multi-label: photos
 
 
-def download(url, path, bar=None):
-    """Fetch `url` into the file `path`, whole or not at all; what an earlier call left in `path`.part is gone on from.
-
-    `bar`: tqdm's `disable`. Raises Failure in one line that says which file to put where.
-    """
-    from tqdm import tqdm
-
-    draft = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        there = draft.stat().st_size if draft.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
-        opener = urllib.request.build_opener()  # urlopen's own goes on with the proxies of its first call
-        with opener.open(request, timeout=20) as answer, open(draft, "ab") as file:
-            if answer.status != 206:  # all of it comes, whatever was asked for
-                there = file.truncate(0)
-            total = there + answer.length if answer.length else None
-            with tqdm(desc=path.name, total=total, initial=there, unit="B", unit_scale=True, disable=bar) as shown:
-                while data := answer.read(1 << 20):
-                    file.write(data)
-                    shown.update(len(data))
-            if answer.length:  # what read() left to come, without a word
-                raise OSError("the connection broke off; the next run goes on from there")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except NO_DOWNLOAD as problem:
-        if getattr(problem, "code", 0) == 416 and draft.exists():  # the part is no part of what is there now
-            draft.unlink()
-            return download(url, path, bar)
-        raise Failure(f"could not download {url} ({problem}); put that file at {path}") from None
-
-
 def open_photo(path):
     """The photo in an image file as a Pillow RGB image: upright as its EXIF says, transparency laid on white.
 
@@ -699,12 +701,14 @@ def open_photo(path):
         raise Failure(f"{path} is no photo that can be read ({' '.join(str(problem).split()):.120})") from None
 
 
-def load_photo(path, image_size):
-    """One photo, (3, image_size, image_size) float32 in [0, 1], squashed to the square; raises as `open_photo` does."""
+def load_photo(path, image_size, crop=False):
+    """One photo, (3, image_size, image_size) float32 in [0, 1], squashed to the square, or, with `crop`, the middle 7/8
+    of it cut out as ImageNet's networks are shown theirs; raises as `open_photo` does."""
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    image = open_photo(path).resize((image_size, image_size), Image.BILINEAR)
+    image, size = open_photo(path), (image_size, image_size)
+    image = ImageOps.fit(image, size, Image.BILINEAR, 1 / 16) if crop else image.resize(size, Image.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -714,8 +718,8 @@ class Photos:
     A torch Dataset in all but name (importing torch takes seconds): a DataLoader takes it, with workers.
     """
 
-    def __init__(self, paths, image_size):
-        self.paths, self.shape = list(paths), (len(paths), 3, image_size, image_size)
+    def __init__(self, paths, image_size, crop=False):
+        self.paths, self.shape, self.crop = list(paths), (len(paths), 3, image_size, image_size), crop
 
     def __len__(self):
         return len(self.paths)
@@ -726,8 +730,8 @@ class Photos:
         if isinstance(index, slice):
             index = range(len(self))[index]
         elif not hasattr(index, "__len__") or getattr(index, "ndim", 1) == 0:
-            return load_photo(self.paths[index], self.shape[-1])
-        photos = [load_photo(self.paths[i], self.shape[-1]) for i in index]
+            return load_photo(self.paths[index], self.shape[-1], self.crop)
+        photos = [load_photo(self.paths[i], self.shape[-1], self.crop) for i in index]
         return torch.stack(photos) if photos else torch.empty(0, *self.shape[1:])
 
 
@@ -817,3 +821,29 @@ def fetch_photos(urls):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def load_imagenet(data_dir, image_size, class_names, limit=None):
+    """ImageNet's photos in `data_dir`/imagenet as `Photos`, cropped, and their classes, (N,) int64.
+
+    The class, a place in `class_names`, is in the file's name (n01440764_tench.JPEG), or, where there is a folder for
+    each class (n01440764/x.JPEG), the folder's place among them; -1 where neither says it. Raises Failure if there are
+    no photos.
+    """
+    import torch
+
+    folder = Path(data_dir) / "imagenet"
+    kinds = {".jpeg", ".jpg", ".png"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)[:limit]
+    if not paths:
+        raise Failure(f"there is no photo in {folder}; put some there, named as n01440764_tench.JPEG is")
+    folders = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"n\d{8}", path.name))
+    places = {name: i for i, name in enumerate(folders)} if len(folders) == len(class_names) else {}
+    # not the two cranes and the two maillots
+    places |= {name: i for i, name in enumerate(class_names) if class_names.count(name) == 1}
+
+    def place(path):
+        name = path.stem.partition("_")[2].replace("_", " ")
+        return places.get(path.parent.name, places.get(name, -1))
+
+    return Photos(paths, image_size, True), torch.tensor([place(path) for path in paths])

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch import nn
 import acwgan
 import asl_model
 import common
+import pgd_attack
 import transfer
 
 HERE = Path(__file__).parent
@@ -1641,12 +1643,370 @@ def test_misuse_of_asl_model_ends_at_once_with_exit_code_2(flags, word, capsys):
     assert word in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------ weeks 3-5: the attack
+
+
+class Linear(nn.Module):
+    """Images (N, 1, 2, 2) -> logits (N, L), linear in the pixels."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight.T
+
+
+def test_pgd_of_a_linear_model_is_its_closed_form():
+    torch.manual_seed(0)
+    weight, images = torch.randn(3, 4), torch.rand(5, 1, 2, 2)
+    found = pgd_attack.pgd(Linear(weight), images, torch.full((5,), 1), lambda x, y: -x[:, 1], 0.3, 0.02, 40)
+    assert torch.allclose(found, (images + 0.3 * weight[1].sign().view(1, 2, 2)).clamp(0, 1), atol=1e-6)
+    few = pgd_attack.pgd(Linear(weight), images, torch.full((5,), 1), lambda x, y: -x[:, 1].mean(), 0.3, 0.02, 3)
+    assert torch.allclose(few, (images + 0.06 * weight[1].sign().view(1, 2, 2)).clamp(0, 1), atol=1e-6)
+    assert torch.equal(pgd_attack.pgd(Linear(weight), images, torch.zeros(5), lambda x, y: x.sum(1), 0), images)
+    assert pgd_attack.pgd(Linear(weight), images[:0], torch.zeros(0), lambda x, y: x.sum(1)).shape == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize("clip", [(0, 1), (-0.5, 2)])
+def test_pgd_stays_within_eps_and_clip_from_any_start(clip):
+    torch.manual_seed(0)
+    images = clip[0] + (clip[1] - clip[0]) * torch.rand(20, 1, 2, 2)
+    moved = pgd_attack.pgd(
+        Linear(torch.randn(2, 4)), images, torch.zeros(20), lambda x, y: x.sum(1), 0.1, 0.07, 5, True, clip=clip
+    )
+    assert (moved - images).abs().max() <= 0.1 + 1e-6
+    assert moved.min() >= clip[0]
+    assert moved.max() <= clip[1]
+    beside = images + 5  # week 4: what was normalised first is cut, however far that is
+    assert (
+        pgd_attack.pgd(Linear(torch.ones(2, 4)), beside, torch.zeros(20), lambda x, y: x.sum(1), clip=clip).max()
+        <= clip[1]
+    )
+
+
+def small_network(classes=3):
+    """A convolution network with everything that has a mode, in training mode, its norm used to what it sees."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2)]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, classes))
+    network[-1].weight.data.mul_(5)
+    for i in range(20):
+        network(photo_like(16, 12, i))
+    return network
+
+
+def test_pgd_leaves_the_model_and_its_inputs_as_they_were():
+    network, images = small_network(), photo_like(4, 12)
+    network[1].eval()
+    network[0].weight.requires_grad_(False)
+    state, copy = {name: x.clone() for name, x in network.state_dict().items()}, images.clone()
+    with torch.no_grad():  # which the attack needs to overrule
+        moved = pgd_attack.pgd(network, images, torch.tensor([0, 1, 2, 0]), pgd_attack.cross_entropy, steps=3)
+    assert not moved.requires_grad
+    assert torch.equal(images, copy)
+    assert not torch.equal(moved, copy)
+    assert [module.training for module in network] == [True, False, *[True] * 5]
+    assert [p.requires_grad for p in network.parameters()] == [False, *[True] * 5]
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(x, state[name]) for name, x in network.state_dict().items())
+    with pytest.raises(ZeroDivisionError):
+        pgd_attack.pgd(network, images, torch.zeros(4), lambda x, y: 1 / 0)
+    assert network.training
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_no_image_is_attacked_otherwise_for_those_beside_it(early_stop):
+    network, images, targets = small_network().double(), photo_like(6, 12).double(), torch.arange(6) % 3
+
+    def attack(rows):
+        return pgd_attack.pgd(
+            network, images[rows], targets[rows], pgd_attack.cross_entropy, 0.05, 0.01, 20, early_stop=early_stop
+        )
+
+    whole = attack(slice(None))
+    assert all(torch.allclose(attack([i])[0], whole[i], atol=1e-9) for i in range(6))
+
+
+def test_early_stop_loses_no_success_and_leaves_what_is_reached_alone():
+    network, images = small_network().eval(), photo_like(40, 12)
+    targets = torch.arange(40) % 3
+    how = (network, images, targets, pgd_attack.cross_entropy, 0.05, 0.005, 30)
+    every, stopped = pgd_attack.pgd(*how), pgd_attack.pgd(*how, early_stop=True)
+    hit, stopped_hit = (network(x).argmax(1) == targets for x in (every, stopped))
+    assert hit.sum() > 30
+    assert (stopped_hit >= hit).all()
+    there = network(images).argmax(1) == targets
+    assert there.any()
+    assert torch.equal(stopped[there], images[there])
+    assert (stopped - images).abs().amax((1, 2, 3)).mean() < (every - images).abs().amax((1, 2, 3)).mean()
+    wanted = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    reached = pgd_attack.reached(torch.tensor([[2.0, -1, 0.5], [-1, -2, -3]]), wanted)
+    assert reached.tolist() == [True, False]
+
+
+def test_an_early_stop_of_ones_own_is_asked_with_logits_and_targets():
+    network, images = small_network(), photo_like(4, 12)
+    moved = pgd_attack.pgd(network, images, torch.arange(4), lambda x, y: x.sum(1), early_stop=lambda x, y: y < 2)
+    same = (moved == images).flatten(1).all(1)
+    assert same.tolist() == [True, True, False, False]
+
+
+def test_a_model_that_answers_nan_ends_the_attack_in_one_line():
+    with pytest.raises(common.Failure, match="no finite number"):
+        pgd_attack.pgd(lambda x: x.flatten(1) / 0, torch.rand(2, 1, 2, 2), torch.zeros(2), lambda x, y: x.sum(1))
+    for sizes in ({"eps": -1}, {"steps": -1}, {"alpha": -0.1}, {"clip": (1, 0)}):
+        with pytest.raises(ValueError, match="negative"):
+            pgd_attack.pgd(small_network(), photo_like(2, 12), torch.zeros(2), lambda x, y: x.sum(1), **sizes)
+    with pytest.raises(ValueError, match="2 images need as many targets, not 3"):
+        pgd_attack.pgd(small_network(), photo_like(2, 12), torch.zeros(3), lambda x, y: x.sum(1))
+
+
+def test_the_losses_are_their_formulas():
+    torch.manual_seed(0)
+    logits, wanted = 3 * torch.randn(6, 5, dtype=torch.float64), (torch.rand(6, 5) > 0.5).double()
+    p, soft = 1 / (1 + np.exp(-logits.numpy())), scipy.special.softmax(logits.numpy(), 1)
+    w, at = wanted.numpy(), np.log(0.8 / 0.2)
+    sign = 2 * w - 1
+    formulas = {
+        "softmax-ce": -sign[:, 2] * np.log(soft[:, 2]),
+        "bce": -(w * np.log(p) + (1 - w) * np.log(1 - p)).mean(1),
+        "softmax-bce": -(w * np.log(soft) + (1 - w) * np.log(1 - soft)).mean(1),
+        "bce-target": -(w * np.log(p) + (1 - w) * np.log(1 - p))[:, 2],
+        "margin": np.maximum(0, pgd_attack.MARGIN - sign * (logits.numpy() - at)).sum(1),
+    }
+    assert set(formulas) == set(pgd_attack.LOSSES)
+    for name, values in formulas.items():
+        assert np.allclose(pgd_attack.LOSS[name](logits, wanted, 2, 0.8).numpy(), values), name
+    copied = torch.rand(6, 5, dtype=torch.float64)  # torch's own takes targets from 0 to 1, week 4's were raw logits
+    expected = F.binary_cross_entropy(logits.softmax(1), copied, reduction="none").mean(1)
+    assert torch.allclose(pgd_attack.logit_copy_bce(logits, copied), expected)
+
+
+def test_the_margin_pushes_no_label_that_is_where_it_should_be():
+    logits = torch.tensor([[5.0, -5, 0.2, -0.2]], requires_grad=True)
+    pgd_attack.margin(logits, torch.tensor([[1.0, 0, 1, 1]]), 3, 0.5).sum().backward()
+    assert logits.grad.tolist() == [[0, 0, -1, -1]]
+
+
+def test_restarts_attack_only_what_is_left_and_lose_nothing():
+    network, images = small_network(4).eval(), photo_like(30, 12)
+    once = pgd_attack.Attack(2, "flip", 0.5, "margin", 0.01, 0.005, 8, True)
+    with torch.no_grad():
+        logits = network(images)
+    wanted = (logits > 0).float()
+    wanted[:, 2] = 1 - wanted[:, 2]
+    first, again = (attack(network, images, logits) for attack in (once, once._replace(restarts=2)))
+    done = (pgd_attack.beyond(network(first), wanted, 0.5) > 0).all(1)
+    assert 0 < done.sum() < 30
+    assert torch.equal(first[done], again[done])
+    assert not torch.equal(first[~done], again[~done])
+
+
+def test_what_is_counted_is_what_a_loop_counts():
+    rng = np.random.default_rng(0)
+    before, after, truth = (rng.random((50, 6)) < 0.4 for _ in range(3))
+    after[:20] = before[:20]
+    after[:10, 3] = ~after[:10, 3]
+    numbers = {("x", key): np.ones(50) for key in ("linf", "l2", "seconds")}
+    attack = pgd_attack.Attack(3, "on", 0.5, "margin", 0.1)
+    row = pgd_attack.count({"before": before, ("x", "after"): after, **numbers}, "x", attack, truth)
+    asked = switched = exact = off = on = 0
+    for b, a in zip(before, after, strict=True):
+        others = [j for j in range(6) if j != 3]
+        lost, won = sum(b[j] and not a[j] for j in others), sum(a[j] and not b[j] for j in others)
+        off, on = off + lost, on + won
+        if not b[3]:
+            asked += 1
+            switched += a[3]
+            exact += a[3] and lost + won == 0
+    assert row["target_switched"] == common.wilson(switched, asked)
+    assert row["exact"] == common.wilson(exact, asked)
+    assert (row["others_off_per_image"], row["others_on_per_image"]) == (off / 50, on / 50)
+    assert row["others_lost"] == common.wilson(off, before.sum() - before[:, 3].sum())
+    assert row["non_target_changed"] == common.wilson(off + on, 250)
+    assert row["counts"] == {
+        name: (x[:, 3].sum(), x.sum()) for name, x in (("actual", truth), ("before", before), ("after", after))
+    }
+    assert (
+        pgd_attack.count({"before": before | True, ("x", "after"): after, **numbers}, "x", attack, None)["exact"]
+        is None
+    )
+
+
+# ------------------------------------------------------------------------------------------ weeks 3-5: the whole attack
+
+
+@pytest.fixture(scope="module")
+def attackable(tmp_path_factory):
+    """The flags that attack four scenes of glyphs with a network of random weights that says some of everything."""
+    path = tmp_path_factory.mktemp("weights") / "some.pth"
+    state = published_state("tresnet_s", 10)
+    state["head.fc.bias"].zero_()
+    torch.save({"model": state, "num_classes": 10, "idx_to_class": dict(enumerate("0123456789"))}, path)
+    return ["--digits", "glyphs", "--weights", str(path), "--limit", "6", "--batch-size", "2", "--steps", "4"]
+
+
+@pytest.mark.parametrize(("week", "rows"), [(None, 1), (3, 7), (5, 7)])
+def test_an_attack_writes_its_table_and_its_figure(attackable, tmp_path, capsys, week, rows):
+    flags = [*attackable, "--out", str(tmp_path), "--target", "3", *(["--week", str(week)] if week else [])]
+    record = pgd_attack.main(flags)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(record))
+    assert len(record["rows"]) == rows
+    out = capsys.readouterr().out
+    for line in ("actual 3", "predicted 3 before attack", "predicted 3 after attack", "actual present objects",
+                 "predicted present objects before attack", "predicted present objects after attack"):  # fmt: skip
+        assert line in out
+    assert all(row["linf"] <= (0.6 if week else 0.1) + 1e-6 for row in record["rows"].values())
+    with Image.open(tmp_path / "pgd-attack-on-asl.png") as image:
+        assert image.size[1] > 4 * 300
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "pgd-attack-on-asl.png"}
+
+
+def test_the_sweep_prints_each_control_with_its_verdict(attackable, tmp_path, capsys):
+    record = pgd_attack.main([*attackable, "--out", str(tmp_path), "--sweep", "--loss", "bce-target", "--target", "3"])
+    out = capsys.readouterr().out
+    assert len(re.findall("^(?:holds|FAILS): ", out, re.M)) == len(record["controls"]) == 5
+    rates = [record["rows"][f"attack, {eps}/255"]["target_switched"]["rate"] for eps in (0, 0.25, 16)]
+    assert rates[0] == 0
+    assert rates[2] > 0
+    assert record["rows"]["noise, 16/255"]["linf"] == pytest.approx(16 / 255, abs=1e-3)
+
+
+def test_two_processes_of_torchruns_give_the_table_of_one(attackable, tmp_path):
+    flags = [*attackable, "--restarts", "1", "--eps", "0.02"]
+    one = pgd_attack.main([*flags, "--out", str(tmp_path / "one")])
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = [*run, HERE / "pgd_attack.py", *flags, "--out", tmp_path / "two"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["processes"] == 2
+    for row in (one["rows"]["margin"], two["rows"]["margin"]):
+        del row["images_per_second"]
+        row["l2"] = pytest.approx(row["l2"], rel=1e-4)
+    assert json.loads(json.dumps(one["rows"]["margin"], default=float)) == pytest.approx(two["rows"]["margin"])
+    assert process.stdout.count("predicted present objects after attack") == 1
+
+
+def test_week_4_of_digits_needs_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(acwgan, "digit_reader", lambda *_: acwgan.DigitReader().eval())
+    flags = ["--week", "4", "--digits", "glyphs", "--limit", "5", "--steps", "3", "--out", str(tmp_path)]
+    record = pgd_attack.main([*flags, "--target", "8"])
+    assert list(record["rows"]) == ["glyphs's test digits", "scenes of several digits"]
+    assert all(len(rows) == 5 for rows in record["rows"].values())
+    assert "as logged, but in pixels" in capsys.readouterr().out
+    assert (tmp_path / "pgd-attack-on-digits.png").exists()
+
+
+def test_week_4s_attack_is_cut_in_normalised_space_as_it_was_logged():
+    network = pgd_attack.Normalised(small_network().eval(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    images = photo_like(5, 12)
+    with torch.no_grad():
+        logits = network(images)
+    log = pgd_attack.ImageAttack(1, pgd_attack.logit_copy_bce, 0.3, normalised=True)
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    cut = log._replace(loss=None)(network, images, logits)
+    assert torch.allclose(cut, images.clamp(mean, mean + std), atol=1e-6)
+    moved = log(network, images, logits)
+    assert (moved - mean >= -1e-6).all()
+    assert (moved - mean - std <= 1e-6).all()
+    assert ((moved - cut).abs() <= 0.3 * std + 1e-6).all()
+    assert not torch.allclose(moved, cut)
+
+
+def test_torchvisions_classifiers_load_by_name_with_their_hash_checked(server, tmp_path, monkeypatch):
+    from torchvision import models
+
+    args = pgd_attack.settings(["--model", "resnet18", "--data", str(tmp_path)])
+    state = models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "resnet18-f37072fd.pth")
+    network, names, size = pgd_attack.image_classifier(args, torch.device("cpu"))
+    assert (names[931], size) == ("bagel", 224)
+    assert network.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "resnet18-f37072fd.pth")
+    with pytest.raises(common.Failure, match="is not resnet18's"):
+        pgd_attack.image_classifier(args, torch.device("cpu"))
+    with pytest.raises(common.Misuse, match="nearest: resnet18"):
+        pgd_attack.image_classifier(pgd_attack.settings(["--model", "resnet19"]), torch.device("cpu"))
+
+
+def test_imagenets_classes_are_in_the_files_or_the_folders_names(tmp_path):
+    (tmp_path / "imagenet" / "n01440764").mkdir(parents=True)
+    for name in ("n01440764_tench.JPEG", "n01530575_water_ouzel.png", "n02012849_crane.jpg", "x.jpg"):
+        Image.new("RGB", (64, 32), "red").save(tmp_path / "imagenet" / name)
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "imagenet" / "n01440764" / "y.JPEG")
+    photos, classes = common.load_imagenet(tmp_path, 28, ["tench", "water ouzel", "crane", "crane"])
+    assert photos[:].shape == (5, 3, 28, 28)
+    assert photos.paths[0].name == "y.JPEG"
+    assert classes.tolist() == [-1, 0, 1, -1, -1]
+    assert common.load_imagenet(tmp_path, 28, ["one class"])[1].tolist() == [0, -1, -1, -1, -1]
+    with pytest.raises(common.Failure, match="no photo"):
+        common.load_imagenet(tmp_path / "none", 28, ["tench"])
+
+
+def test_a_photo_is_cropped_to_the_middle_for_imagenets_networks(tmp_path):
+    pixels = np.zeros((80, 160, 3), np.uint8)
+    pixels[5:75, 45:115] = 255  # 7/8 of the height, in the middle
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert common.load_photo(tmp_path / "x.png", 35, crop=True).min() > 0.99
+    assert common.load_photo(tmp_path / "x.png", 35).min() == 0
+
+
+def test_attacks_that_make_no_sense_are_refused_in_one_line(attackable, tiny_coco, tmp_path):
+    folders = ["--out", str(tmp_path), "--data", str(tiny_coco)]
+    with pytest.raises(common.Misuse, match="'13' is none of the 10 labels"):
+        pgd_attack.main([*attackable, *folders, "--target", "13"])
+    with pytest.raises(common.Misuse, match="the labels of the weights are not coco's"):
+        pgd_attack.main([*attackable, *folders, "--dataset", "coco"])
+    with pytest.raises(common.Failure, match="no photo"):
+        pgd_attack.main([*attackable[2:4], "--image", str(tmp_path / "none.jpg"), "--target", "3", *folders])
+    monkey = Path(attackable[3])
+    content = torch.load(monkey, weights_only=True)
+    content["model"]["head.fc.weight"].fill_(1e38)
+    content["model"]["body.conv1.1.weight"].fill_(1e30)
+    torch.save(content, tmp_path / "big.pth")
+    with pytest.raises(common.Failure, match="no finite number"):
+        pgd_attack.main([*attackable, *folders, "--weights", str(tmp_path / "big.pth")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--eps", "8/0"], "not a number"),
+        (["--eps", "-1"], "not a positive"),
+        (["--threshold", "1"], "--threshold"),
+        (["--week", "3", "--sweep"], "--week"),
+        (["--week", "5", "--model", "resnet18"], "week 5"),
+        (["--week", "4", "--model", "asl"], "--model asl"),
+        (["--benchmark"], "--benchmark"),
+        (["--dataset", "imagenet"], "--dataset"),
+        (["--model", "digits", "--dataset", "coco"], "coco"),
+        (["--model", "resnet18", "--direction", "on"], "--direction"),
+        (["--image", "x.jpg", "--dataset", "scenes"], "--image"),
+        (["--image", "x.jpg", "--sweep"], "--image"),
+        (["--sweep", "--benchmark"], "not allowed"),
+        (["--loss", "l2"], "softmax-ce"),
+    ],
+)
+def test_misuse_of_pgd_attack_ends_at_once_with_exit_code_2(flags, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        pgd_attack.settings(flags)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 
 @pytest.mark.parametrize(
     ("name", "word"),
-    [("acwgan.py", "default: 0.999"), ("transfer.py", "default: 64"), ("asl_model.py", "13 for scenes")],
+    [
+        ("acwgan.py", "default: 0.999"),
+        ("transfer.py", "default: 64"),
+        ("asl_model.py", "13 for scenes"),
+        ("pgd_attack.py", "default: margin"),
+    ],
 )
 def test_help_answers_without_loading_torch(name, word):
     code = f"""

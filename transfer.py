@@ -11,8 +11,6 @@ generator whose digits the target takes for the next class while a judge in no l
     python transfer.py --target 3              every class is to be taken for a 3
     python transfer.py --resume                goes on with the variants that are not finished yet
 
---dataset auto is the one that the generator was made with.
-
 Writes into --out: per variant generator-<variant>.pt and samples-<variant>.npz; the two figures of the log;
 results.json; and the classifiers it trained.
 """
@@ -33,14 +31,15 @@ VARIANTS = {  # name: what it is; the log's approach, or None
 
 def settings(argv=None):
     """The flags; alpha, beta and gamma are the log's, whose values were 1."""
-    p = common.parser(__doc__, "transfer", "auto", ("auto", "mnist", "glyphs"))
+    p = common.parser(__doc__, "transfer", "auto", ("auto", "mnist", "glyphs"),
+        "auto: the one that the generator was made with")  # fmt: skip
     add, whole = p.add_argument, common.whole
     add("--generator", type=Path, default=Path("runs/acwgan/checkpoint.pt"), help="week 1's checkpoint")
     add("--variant", nargs="+", choices=(*VARIANTS, "all"), help="which to train and measure; None: all")
     add("--approach", type=int, choices=(1, 2), help="only the log's own approach 1 (scratch) or 2 (fid-detached)")
     add("--target", type=whole(0, 9), metavar="K", help="class every digit is to be taken for; None: the next digit")
     add("--target-model", choices=("A", "D"), default="A", help="architecture attacked; the other one tests transfer")
-    add("--steps", type=whole(1), default=1000, help="training steps of each variant")
+    add("--steps", type=whole(1), default=1500, help="training steps of each variant; ours takes twice as many")
     add("--batch-size", type=whole(2), default=64, help="samples per step")
     add("--alpha", type=float, default=1.0, help="weight of the critic's loss (approach 1), of the distance (2)")
     add("--beta", type=float, default=1.0, help="weight of the auxiliary classifier's loss")
@@ -60,6 +59,7 @@ def settings(argv=None):
 if __name__ == "__main__":
     common.before_torch(settings)
 
+import collections
 import copy
 import functools
 import time
@@ -161,6 +161,7 @@ class Refiner(nn.Module):
 
 EUCLIDEAN_WEIGHT = 0.05
 EUCLIDEAN_NOISE = 0.1  # standard deviation of what AT-GAN adds to the original sample
+RECENT = 7  # batches of features that stand beside a new one in a Frechet distance
 RATE = 1e-3  # Adam's step size, of every generator and of the critic that goes on training
 
 
@@ -176,11 +177,18 @@ def squared_distance(x, y):
     return (x - y).square().flatten(1).sum(1)
 
 
-def relative_frechet(network, images, reference):
+def relative_frechet(network, images, reference, recent):
     """Frechet distance of the images' features to `reference`, real digits' (M, D), over the latter's total variance:
-    so a weight of 1 means the same whatever the scale of the features."""
-    distance = common.frechet_distance_torch(network.features(images).float(), reference)
-    return distance / reference.var(0).sum()
+    so a weight of 1 means the same whatever the scale of the features.
+
+    A batch alone is too few samples for a covariance: `recent`, a deque of earlier batches' features, stands in for the
+    rest of the crowd, and the gradient is scaled up to that of a crowd all of whose samples move.
+    """
+    features = network.features(images).float()
+    crowd = torch.cat([features, *recent])
+    recent.append(features.detach())
+    distance = common.frechet_distance_torch(crowd, reference) / reference.var(0).sum()
+    return distance.detach() + len(crowd) / len(features) * (distance - distance.detach())
 
 
 def composition(variant, args, nets, images, labels, wanted, original):
@@ -191,7 +199,7 @@ def composition(variant, args, nets, images, labels, wanted, original):
     """
     logits = nets["target"](images)
     if variant == "ours":
-        frechet = [relative_frechet(nets[role], images, features) for role, features in nets["reference"].items()]
+        frechet = [relative_frechet(nets[role], images, *nets["crowd"][role]) for role in nets["crowd"]]
         return {
             "adversarial": (1.0, hinge(logits, wanted, 1.0).mean()),
             "auxiliary": (2.0, hinge(nets["robust auxiliary"](images), labels, 3.0).mean()),
@@ -206,7 +214,7 @@ def composition(variant, args, nets, images, labels, wanted, original):
     auxiliary = {"auxiliary": (args.beta, F.cross_entropy(classes, labels)), **adversarial}
     if variant.startswith("scratch"):
         return {"critic": (args.alpha, -score.mean()), **auxiliary}
-    distance = relative_frechet(nets["auxiliary"], images, nets["reference"]["auxiliary"])
+    distance = relative_frechet(nets["auxiliary"], images, *nets["crowd"]["auxiliary"])
     return {"distance": (args.alpha, distance.detach() if variant == "fid-detached" else distance), **auxiliary}
 
 
@@ -277,6 +285,7 @@ def train(variant, args, nets, shape, images, labels, device):
     generator, rate = new_generator(variant, nets, shape, device), (2 if variant == "scratch-live" else 1) * RATE
     adam = torch.optim.Adam([p for p in generator.parameters() if p.requires_grad], rate, (0.0, 0.99))
     nets = dict(nets)
+    nets["crowd"] = {role: (x, collections.deque(maxlen=RECENT)) for role, x in nets["reference"].items()}
     if variant == "scratch-live":
         nets["critic"] = copy.deepcopy(nets["critic"]).requires_grad_(True)
         critic_adam = torch.optim.Adam(nets["critic"].parameters(), RATE, (0.0, 0.99))
