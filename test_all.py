@@ -1842,7 +1842,10 @@ def attackable(tmp_path_factory):
     """The flags that attack four scenes of glyphs with a network of random weights that says some of everything."""
     path = tmp_path_factory.mktemp("weights") / "some.pth"
     state = published_state("tresnet_s", 10)
-    state["head.fc.bias"].zero_()
+    network = asl_model.tresnet("tresnet_s", 10).eval()
+    network.load_state_dict(asl_model.inplace_abn_gammas(state))
+    with torch.no_grad():
+        state["head.fc.bias"] -= network(common.load_scenes(50, source="glyphs")[0]).mean(0)
     torch.save({"model": state, "num_classes": 10, "idx_to_class": dict(enumerate("0123456789"))}, path)
     return ["--digits", "glyphs", "--weights", str(path), "--limit", "6", "--batch-size", "2", "--steps", "4"]
 
@@ -1859,7 +1862,7 @@ def test_an_attack_writes_its_table_and_its_figure(attackable, tmp_path, capsys,
         assert line in out
     assert all(row["linf"] <= (0.6 if week else 0.1) + 1e-6 for row in record["rows"].values())
     with Image.open(tmp_path / "pgd-attack-on-asl.png") as image:
-        assert image.size[1] > 4 * 300
+        assert image.size[1] > 2 * 300
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "pgd-attack-on-asl.png"}
 
 
@@ -1874,7 +1877,7 @@ def test_the_sweep_prints_each_control_with_its_verdict(attackable, tmp_path, ca
 
 
 def test_two_processes_of_torchruns_give_the_table_of_one(attackable, tmp_path):
-    flags = [*attackable, "--restarts", "1", "--eps", "0.02"]
+    flags = [*attackable, "--restarts", "1", "--eps", "0.05", "--precision", "fp32"]
     one = pgd_attack.main([*flags, "--out", str(tmp_path / "one")])
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     command = [*run, HERE / "pgd_attack.py", *flags, "--out", tmp_path / "two"]
@@ -1884,8 +1887,9 @@ def test_two_processes_of_torchruns_give_the_table_of_one(attackable, tmp_path):
     assert two["processes"] == 2
     for row in (one["rows"]["margin"], two["rows"]["margin"]):
         del row["images_per_second"]
-        row["l2"] = pytest.approx(row["l2"], rel=1e-4)
-    assert json.loads(json.dumps(one["rows"]["margin"], default=float)) == pytest.approx(two["rows"]["margin"])
+        row["l2"] = round(row["l2"], 2)
+    assert 0 < one["rows"]["margin"]["target_switched"]["rate"]
+    assert json.loads(json.dumps(one["rows"])) == two["rows"]
     assert process.stdout.count("predicted present objects after attack") == 1
 
 
@@ -1949,7 +1953,7 @@ def test_a_photo_is_cropped_to_the_middle_for_imagenets_networks(tmp_path):
     pixels = np.zeros((80, 160, 3), np.uint8)
     pixels[5:75, 45:115] = 255  # 7/8 of the height, in the middle
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert common.load_photo(tmp_path / "x.png", 35, crop=True).min() > 0.99
+    assert common.load_photo(tmp_path / "x.png", 35, crop=True)[:, 1:-1, 1:-1].min() > 0.99
     assert common.load_photo(tmp_path / "x.png", 35).min() == 0
 
 
@@ -1959,7 +1963,7 @@ def test_attacks_that_make_no_sense_are_refused_in_one_line(attackable, tiny_coc
         pgd_attack.main([*attackable, *folders, "--target", "13"])
     with pytest.raises(common.Misuse, match="the labels of the weights are not coco's"):
         pgd_attack.main([*attackable, *folders, "--dataset", "coco"])
-    with pytest.raises(common.Failure, match="no photo"):
+    with pytest.raises(common.Failure, match=r"there is no .*none\.jpg"):
         pgd_attack.main([*attackable[2:4], "--image", str(tmp_path / "none.jpg"), "--target", "3", *folders])
     monkey = Path(attackable[3])
     content = torch.load(monkey, weights_only=True)
