@@ -40,8 +40,8 @@ def settings(argv=None):
     add("--image-size", type=whole(32, 4096), metavar="PIXELS", help="side of the square; None: as the weights are for")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="what scenes are made of")
     add("--week", type=int, choices=(3, 4, 5), help="the log's own attack of that week, beside the right one")
-    add("--target", metavar="NAME", help="label to switch; None: 8 of digits, person, with --week 5 donut, of COCO, "
-        "bagel of ImageNet")  # fmt: skip
+    add("--target", metavar="NAME", help="label to switch; None: 8 of scenes; person, with --week 5 donut, of COCO; "
+        "3 of single digits; bagel of ImageNet")  # fmt: skip
     add("--direction", choices=("on", "off", "flip"), help="switch the label on, off, or to the opposite of what the "
         "model says; None: flip; with --week 3 or 5 on")  # fmt: skip
     add("--loss", choices=LOSSES, default="margin", help="of several labels; a single label's is softmax-ce")
@@ -49,7 +49,8 @@ def settings(argv=None):
     add("--eps", type=positive, help="largest change of a pixel, of a range of 1; None: 8/255; scenes 0.1, digits 0.3")
     add("--alpha", type=positive, default="2/255", help="size of a step, of a range of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
-    add("--restarts", type=whole(0), default=0, help="further tries, from random starts, of the images not yet turned")
+    add("--restarts", type=whole(0), default=2, help="further tries of the images that are not turned yet, from random "
+        "starts, each with half the alpha of the one before")  # fmt: skip
     add("--all-steps", action="store_true", help="go on after an image is turned")
     add("--batch-size", type=whole(1), help="images attacked at once; None: 16 photos, 256 scenes or digits")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the attack's gradients (what came of "
@@ -169,7 +170,8 @@ def reached(logits, targets):
 # -------------------------------------------------------------------------------------------------------------- losses
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
-MARGIN = 0.5  # how far past the threshold, in logits, `margin` pushes a label
+# how far past the threshold, in logits, `margin` pushes the target, and keeps all others: these give way to the target
+MARGIN, KEEP = 1.0, 0.2
 
 
 def softmax_ce(logits, wanted, target, threshold):
@@ -183,9 +185,18 @@ def bce(logits, wanted, target, threshold):
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
-def softmax_bce(logits, wanted, target, threshold):
-    """Week 5: binary cross-entropy on a softmax, whose labels share a sum of 1, against several wanted at once. (N,)"""
-    return F.binary_cross_entropy(logits.softmax(1), wanted, reduction="none").mean(1)
+def softmax_bce(logits, wanted, target=None, threshold=None):
+    """Week 5: binary cross-entropy on a softmax, whose labels share a sum of 1, against several wanted at once. (N,)
+
+    Week 4's too, which wanted a copy of the raw logits with the target's set to 1: a logit t above 1 weighs
+    -t log(p) + (t - 1) log(1 - p), so what the network says already is wanted ten times as much as the target. torch's
+    own loss refuses such a t; this one, its value and its gradient, is as torch has it, cut at log(p) = -100.
+    """
+    p = logits.float().softmax(1)
+    with torch.no_grad():
+        loss = -wanted * p.log().clamp(min=-100) - (1 - wanted) * (1 - p).log().clamp(min=-100)
+        slope = (p - wanted) / (p * (1 - p)).clamp(min=1e-12)
+    return (loss + slope * (p - p.detach())).mean(1)
 
 
 def bce_target(logits, wanted, target, threshold):
@@ -194,9 +205,14 @@ def bce_target(logits, wanted, target, threshold):
 
 
 def margin(logits, wanted, target, threshold):
-    """The attack done right: each label, the target included, is pushed until it is MARGIN past the threshold on its
-    wanted side, and then no further (a hinge: Carlini & Wagner 2017, arXiv 1608.04644, with a term per label). (N,)"""
-    return (MARGIN - beyond(logits, wanted, threshold)).relu().sum(1)
+    """The attack done right: the target is pushed until it is MARGIN past the threshold, and every other label that is
+    not KEEP past it, on the side where it was, is pushed back; then no further. (N,)
+
+    A hinge, as in Carlini & Wagner 2017 (arXiv 1608.04644), with a term for each label.
+    """
+    past = beyond(logits, wanted, threshold)
+    others = (KEEP - past).relu().sum(1) - (KEEP - past[:, target]).relu()
+    return (MARGIN - past[:, target]).relu() + others
 
 
 def beyond(logits, wanted, threshold):
@@ -211,18 +227,8 @@ def logit(p):
 LOSS = dict(zip(LOSSES, (softmax_ce, bce, softmax_bce, bce_target, margin), strict=True))
 
 
-def logit_copy_bce(logits, targets):
-    """Week 4: binary cross-entropy of a softmax against a copy of the raw logits with the target's set to 1.
-
-    targets: that copy, (N, L). A raw logit t above 1 weighs -t log(p) + (t - 1) log(1 - p): what the network already
-    says is wanted, ten times as much as the target. (N,)
-    """
-    p = logits.softmax(1)
-    log_p, log_1_p = (x.log().clamp(min=-100) for x in (p, 1 - p))  # as torch's own does
-    return -(targets * log_p + (1 - targets) * log_1_p).mean(1)
-
-
-SLACK = 0.05  # in logits: an image is done a little past the threshold, not on it, where rounding decides
+# in logits: an image is done a little past the threshold, or its target's lead, not on it, where rounding decides
+SLACK, LEAD = 0.05, 0.5
 
 
 class Attack(NamedTuple):
@@ -248,19 +254,26 @@ class Attack(NamedTuple):
         wanted[:, self.target] = {"on": 1, "off": 0, "flip": 1 - wanted[:, self.target]}[self.direction]
         sign, loss = -1 if self.ascend else 1, LOSS[self.loss]
 
-        def attempt(images, wanted, random_start):
+        def attempt(images, wanted, turn):
             return pgd(
-                network, images, wanted, lambda *x: sign * loss(*x, self.target, self.threshold), self.eps, self.alpha,
-                self.steps, random_start, self.early_stop and (lambda *x: (beyond(*x, self.threshold) > SLACK).all(1)),
+                network, images, wanted, lambda *x: sign * loss(*x, self.target, self.threshold), self.eps,
+                self.alpha / 2**turn, self.steps, random_start=turn > 0,
+                early_stop=self.early_stop and (lambda *x: (beyond(*x, self.threshold) > SLACK).all(1)),
             )  # fmt: skip
 
-        made = attempt(images, wanted, False)
-        for _ in range(self.restarts):
+        made = attempt(images, wanted, 0)
+        for turn in range(1, 1 + self.restarts):
             with torch.no_grad():
                 left = (beyond(network(made), wanted, self.threshold) <= 0).any(1).nonzero()[:, 0]
             if len(left):
-                made[left] = attempt(images[left], wanted[left], True)
+                made[left] = attempt(images[left], wanted[left], turn)
         return made
+
+
+def leads(logits, targets):
+    """Whether each target (N,) leads all other classes by LEAD."""
+    target = logits.gather(1, targets[:, None])[:, 0]
+    return target - logits.scatter(1, targets[:, None], -torch.inf).amax(1) > LEAD
 
 
 class ImageAttack(NamedTuple):
@@ -280,11 +293,12 @@ class ImageAttack(NamedTuple):
         if self.normalised:
             inner, images = network.network, network.normalise(images)
         targets = torch.full_like(logits[:, 0], self.target, dtype=torch.int64)
-        if self.loss is logit_copy_bce:
+        if self.loss is softmax_bce:
             targets = logits.index_fill(1, targets[0], 1)
         made = images.clamp(0, 1)
         if self.loss:
-            made = pgd(inner, images, targets, self.loss, self.eps, self.alpha, self.steps, False, self.early_stop)
+            stop = self.early_stop and leads
+            made = pgd(inner, images, targets, self.loss, self.eps, self.alpha, self.steps, early_stop=stop)
         return made * network.std + network.mean if self.normalised else made
 
 
@@ -493,8 +507,10 @@ def print_rows(rows, columns):
     print_table(["", *columns], [[name, *(row[key] for key in columns.values())] for name, row in rows.items()])
 
 
-def counted(rows, target):
+def counted(rows, names, attacks):
     """The table of the log's week 5: a line for each of its six counts, a column for each of the rows."""
+    targets = {names[attacks[name].target] for name in rows}
+    target = targets.pop() if len(targets) == 1 else "target"
     times = {"actual": "actual {}", "before": "predicted {} before attack", "after": "predicted {} after attack"}
     counts = [row["counts"] for row in rows.values()]
     return [["", *rows]] + [
@@ -609,10 +625,16 @@ def several_labels(args, device):
         attacks |= {loss: ours._replace(loss=loss, early_stop=False, restarts=0) for loss in LOSSES}
         attacks["margin, early stop"] = ours
     elif args.week == 5:
-        attacks = {"as logged: softmax-bce": log, "softmax-bce, ascended": log._replace(ascend=True)}
-        attacks |= {"bce": log._replace(loss="bce"), "bce, ascended": log._replace(loss="bce", ascend=True)}
-        attacks |= {"softmax-ce": log._replace(loss="softmax-ce"), "margin": ours._replace(eps=0.3)}
-        attacks[f"margin, eps {args.eps:.3g}"] = ours
+        up = log._replace(ascend=True)
+        attacks = {"as logged: softmax-bce": log, "softmax-bce, ascended": up}
+        attacks |= {"softmax-bce, ascended, eps 0.05": up._replace(eps=0.05)}
+        attacks |= {"bce": log._replace(loss="bce"), "bce, ascended": up._replace(loss="bce")}
+        attacks |= {"softmax-ce": log._replace(loss="softmax-ce")}
+        if args.target == "donut":  # the log's index 60 is the id of donut's category; output 60 is another label's
+            wrong = names.index("dining table")
+            attacks["output 60, dining table: as logged"] = log._replace(target=wrong)
+            attacks["output 60, dining table: ascended"] = up._replace(target=wrong)
+        attacks |= {"margin": ours._replace(eps=0.3), f"margin, eps {args.eps:.3g}": ours}
     else:
         attacks = {args.loss: ours._replace(loss=args.loss, early_stop=ours.early_stop and args.loss == "margin")}
     found, shown = over_images(network, images, attacks, lambda x: x > logit(args.threshold), args, device)
@@ -624,11 +646,11 @@ def several_labels(args, device):
                       "off/image": "others_off_per_image", "on/image": "others_on_per_image",
                       "NT-R": "non_target_changed"})  # fmt: skip
     print("exact: and every other label as before; off, on: other labels; NT-R: share of other labels changed\n")
-    head, *lines = counted(rows, args.target)
+    head, *lines = counted(rows, names, attacks)
     print_table(head, lines)
     both = {name: rows[name] for name in (next(iter(rows)), list(rows)[-1])}
     notes = functools.partial(label_notes, names=names, threshold=args.threshold, target=target)
-    page = figure(f"PGD on ASL: {args.target} {args.direction}", [(shown, notes)], counted(both, args.target))
+    page = figure(f"PGD on ASL: {args.target} {args.direction}", [(shown, notes)], counted(both, names, attacks))
     return {"images": what, "rows": rows}, page
 
 
@@ -657,10 +679,10 @@ def single_label(args, device):
         sets = [args.digits, "scenes"] if digits else ["imagenet", "coco"]
         sets = [args.dataset] if args.dataset or args.image else sets if args.week else sets[:1]
         loaded = [shown_to(args, dataset, names, size) for dataset in sets]
-    args.target = args.target or ("8" if digits else "bagel")
+    args.target = args.target or ("3" if digits else "bagel")
     target = asl_model.label_index(args.target, names)
     ours = ImageAttack(target, cross_entropy, args.eps, args.alpha, args.steps, not args.all_steps)
-    log = ImageAttack(target, logit_copy_bce, 0.3, normalised=True)
+    log = ImageAttack(target, softmax_bce, 0.3, normalised=True)
     if args.benchmark:
         return benchmark(network, loaded[0][0], ours, args, device), None
     attacks = {"right": ours}
@@ -669,7 +691,7 @@ def single_label(args, device):
             "cut to [0, 1] alone": log._replace(loss=None),
             "as logged": log,
             "as logged, but cross-entropy": log._replace(loss=cross_entropy),
-            "as logged, but in pixels": ours._replace(loss=logit_copy_bce, early_stop=False),
+            "as logged, but in pixels": ours._replace(loss=softmax_bce, early_stop=False),
             **attacks,
         }
     tables, pages = {}, []
@@ -694,8 +716,8 @@ def sweep(network, images, ours, args, device):
     """`--sweep`: the attack over eps, and the controls that make a result believable, each with its verdict."""
     kinds = {"attack": {}, "twice the steps": {"steps": 2 * ours.steps}, "3 restarts": {"restarts": 3},
              "noise": {"noise": True}}  # fmt: skip
-    ours = ours._replace(loss=args.loss, early_stop=ours.early_stop and args.loss == "margin")
-    attacks = {
+    ours = ours._replace(loss=args.loss, early_stop=ours.early_stop and args.loss == "margin", restarts=0)
+    attacks = {  # with eps shrinks alpha: or a step would go from one side of the ball to the other
         (kind, eps): ours._replace(eps=eps, alpha=min(args.alpha, eps / 4), **how)
         for kind, how in kinds.items()
         for eps in SWEEP
