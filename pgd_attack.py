@@ -49,8 +49,8 @@ def settings(argv=None):
     add("--eps", type=positive, help="largest change of a pixel, of a range of 1; None: 8/255; scenes 0.1, digits 0.3")
     add("--alpha", type=positive, default="2/255", help="size of a step, of a range of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
-    add("--restarts", type=whole(0), default=2, help="further tries of the images that are not turned yet, from random "
-        "starts, each with half the alpha of the one before")  # fmt: skip
+    add("--restarts", type=whole(0), default=2, help="of several labels: further tries of the images that are not turned "
+        "yet, from random starts, each with half the alpha of the one before")  # fmt: skip
     add("--all-steps", action="store_true", help="go on after an image is turned")
     add("--batch-size", type=whole(1), help="images attacked at once; None: 16 photos, 256 scenes or digits")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the attack's gradients (what came of "
@@ -266,8 +266,11 @@ class Attack(NamedTuple):
         for turn in range(1, 1 + self.restarts):
             with torch.no_grad():
                 left = (beyond(network(made), wanted, self.threshold) <= 0).any(1).nonzero()[:, 0]
-            if len(left):
-                made[left] = attempt(images[left], wanted[left], turn)
+                if len(left) == 0:
+                    break
+                again = attempt(images[left], wanted[left], turn)
+                done = (beyond(network(again), wanted[left], self.threshold) > 0).all(1)
+            made[left[done]] = again[done]
         return made
 
 
@@ -504,8 +507,9 @@ def print_table(head, lines):
 
 def print_rows(rows, columns):
     """Print {name: row}, `columns` being {head: key in the row}."""
-    columns |= {"Linf": "linf", "L2": "l2", "images/s": "images_per_second"}
-    print_table(["", *columns], [[name, *(row[key] for key in columns.values())] for name, row in rows.items()])
+    columns |= {"L2": "l2", "images/s": "images_per_second"}
+    lines = [[name, *(row[key] for key in columns.values()), f"{row['linf']:.4f}"] for name, row in rows.items()]
+    print_table(["", *columns, "Linf"], lines)
 
 
 def counted(rows, names, attacks):
@@ -571,15 +575,8 @@ def figure(title, shown, table=()):
             paste(image, x, y)
             if (most := change.abs().max()) > 0:
                 paste(0.5 + change * 0.5 / most, x, y + side + 2)
-                ink.text(
-                    (x + side - 2, y + 2 * side),
-                    f"x {0.5 / most:.0f}",
-                    "black",
-                    font,
-                    "rd",
-                    stroke_width=2,
-                    stroke_fill="white",
-                )
+                at, times = (x + side - 2, y + 2 * side), f"x {0.5 / most:.0f}"
+                ink.text(at, times, "black", font, "rd", stroke_width=2, stroke_fill="white")
             for line, (text, colour, struck) in enumerate(notes[i]):
                 at = x, y + 2 * side + 6 + 16 * line
                 ink.text(at, text, colour, font)
@@ -652,7 +649,7 @@ def several_labels(args, device):
     both = {name: rows[name] for name in (next(iter(rows)), list(rows)[-1])}
     notes = functools.partial(label_notes, names=names, threshold=args.threshold, target=target)
     page = figure(f"PGD on ASL: {args.target} {args.direction}", [(shown, notes)], counted(both, names, attacks))
-    return {"images": what, "rows": rows}, page
+    return {"dataset": args.dataset, "images": what, "dataset_size": len(images), "rows": rows}, page
 
 
 def shown_to(args, dataset, names, size):
@@ -710,7 +707,9 @@ def single_label(args, device):
                           "still right": "right_after"})  # fmt: skip
     if processes()[0]:
         return None, None
-    return {"rows": tables}, figure(f"week 4: PGD towards {args.target}", pages)
+    sizes = {what: len(images) for images, _, what in loaded}
+    numbers = {"dataset": sets, "dataset_size": sizes, "rows": tables}
+    return numbers, figure(f"week 4: PGD towards {args.target}", pages)
 
 
 def sweep(network, images, ours, args, device):
