@@ -49,8 +49,8 @@ def settings(argv=None):
     add("--eps", type=positive, help="largest change of a pixel, of a range of 1; None: 8/255; scenes 0.1, digits 0.3")
     add("--alpha", type=positive, default="2/255", help="size of a step, of a range of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
-    add("--restarts", type=whole(0), default=2, help="of several labels: further tries of the images that are not turned "
-        "yet, from random starts, each with half the alpha of the one before")  # fmt: skip
+    add("--restarts", type=whole(0), default=2, help="of several labels: further tries of the images that are not "
+        "turned yet, from random starts, each with half the alpha of the one before")  # fmt: skip
     add("--all-steps", action="store_true", help="go on after an image is turned")
     add("--batch-size", type=whole(1), help="images attacked at once; None: 16 photos, 256 scenes or digits")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the attack's gradients (what came of "
