@@ -1,5 +1,6 @@
 """Every test: `pytest test_all.py`. No network, no file but what the tests make; minutes on two CPU cores."""
 
+import collections
 import errno
 import gzip
 import http.server
@@ -767,6 +768,7 @@ def test_the_logs_distance_moves_no_weight_and_the_true_one_does(week2):
     gradients, values = {}, {}
     for variant in ("fid-detached", "fid"):
         images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        nets["crowd"] = {role: (x, collections.deque()) for role, x in nets["reference"].items()}
         terms = transfer.composition(variant, args, nets, images, labels, labels, images.detach())
         values[variant] = {name: value.item() for name, (_, value) in terms.items()}
         rest = sum(weight * value for name, (weight, value) in terms.items() if name != "distance")
