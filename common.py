@@ -303,17 +303,6 @@ def write_results(args, numbers, **facts):
 # ----------------------------------------------------------------------------------------------------------- downloads
 
 
-@contextlib.contextmanager
-def patience(seconds=20):
-    """Within the block a connection that brings no byte for so long is given up; urllib itself would wait for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 # no network, a wrong hash, a full disk; a proxy's own page
 NO_DOWNLOAD = (OSError, RuntimeError, http.client.HTTPException)
 
@@ -531,10 +520,11 @@ def fetch_mnist(data_dir):
     missing = [f.name for f in files if not f.exists() and not f.with_name(f.name + ".gz").exists()]
     if not missing:
         return
-    raw = files[0].parent
+    raw, before = files[0].parent, socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(20)  # torchvision would wait for ever for a connection that brings no byte
         raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw) as draft, contextlib.redirect_stdout(sys.stderr), patience():
+        with tempfile.TemporaryDirectory(dir=raw) as draft, contextlib.redirect_stdout(sys.stderr):
             from torchvision.datasets import MNIST
 
             MNIST(draft, download=True)
@@ -545,6 +535,8 @@ def fetch_mnist(data_dir):
             f"MNIST could not be downloaded ({' '.join(str(problem).split())}); put {', '.join(missing)} into {raw}, "
             "or use --dataset glyphs, which needs no file"
         ) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def load_mnist(data_dir, train=True):

@@ -60,7 +60,7 @@ def settings(argv=None):
     mode.add_argument("--benchmark", action="store_true", help="time against torchattacks.PGD, same everything")
     args = p.parse_args(argv)
     args.model = args.model or ("digits" if args.week == 4 and args.dataset not in ("coco", "imagenet") else "asl")
-    single, several = args.model != "asl", args.dataset in (None, "scenes", "coco")
+    single = args.model != "asl"
     if args.image and args.dataset not in (None, "coco", "imagenet"):
         p.error(f"--image is a photo, and --dataset {args.dataset} has none: leave one of them out")
     if not args.threshold < 1:
@@ -69,7 +69,7 @@ def settings(argv=None):
         p.error("--sweep and --benchmark are of one attack: leave out --week")
     if single and args.week in (3, 5):
         p.error(f"week {args.week} attacked several labels at once: leave out --model, or give --model asl")
-    if not single and (args.week == 4 or args.benchmark or not several):
+    if not single and (args.week == 4 or args.benchmark or args.dataset in ("imagenet", "mnist", "glyphs")):
         p.error("--model asl has several labels: week 4, --benchmark and this --dataset need --model digits, "
                 "efficientnet_lite0 or one of torchvision's")  # fmt: skip
     if single and (args.weights or args.arch or args.direction or args.sweep or args.loss != "margin"):

@@ -3,6 +3,7 @@
 import collections
 import errno
 import gzip
+import hashlib
 import http.server
 import io
 import json
@@ -621,26 +622,6 @@ def test_resuming_checks_what_it_resumes(small_run, tmp_path):
     fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "does not fit this version")
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--epochs", "0"], "less than 1"),
-        (["--epochs", "many"], "whole number"),
-        (["--critic-lr", "-1"], "positive"),
-        (["--average", "1"], "--average"),
-        (["--dataset", "cifar"], "cifar"),
-        (["--resume", "--benchmark"], "--benchmark"),
-        (["--penalty-share", "2"], "--penalty-share"),
-        (["--colour"], "--colour"),
-    ],
-)
-def test_misuse_ends_at_once_with_exit_code_2(flags, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        acwgan.settings(flags)
-    assert end.value.code == 2
-    assert word in capsys.readouterr().err
-
-
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
     fails(script("acwgan.py", "--dataset", "glyphs", "--limit", 10, "--out", tmp_path), 2, "--batch-size 32", "10")
 
@@ -831,24 +812,6 @@ def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_on
     fails(script("transfer.py", "--generator", tmp_path / "other.pt"), 1, "other.pt does not fit", "acwgan.py")
     (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
     fails(script("transfer.py", "--generator", tmp_path / "half.pt"), 1, "half.pt is damaged", "acwgan.py")
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["--target", "10"], "above 9"),
-        (["--variant", "best"], "scratch-live"),
-        (["--variant", "ours", "--approach", "1"], "--approach"),
-        (["--approach", "3"], "--approach"),
-        (["--gamma", "none"], "--gamma"),
-        (["--gamma", "-1"], "not below 0"),
-    ],
-)
-def test_misuse_of_transfer_ends_at_once_with_exit_code_2(flags, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        transfer.settings(flags)
-    assert end.value.code == 2
-    assert word in capsys.readouterr().err
 
 
 def test_resuming_a_transfer_of_other_settings_or_of_a_foreign_file_is_refused(week2, tmp_path):
@@ -1117,6 +1080,16 @@ def test_a_download_that_broke_off_is_gone_on_from_and_never_half_there(server, 
     server.most = 10**9
     common.download(server.url + "file", path)
     assert path.read_bytes() == data
+
+
+def test_a_download_with_another_hash_is_refused_and_not_kept(server, tmp_path):
+    server.files["/file"] = b"content"
+    digest = hashlib.sha256(b"content").hexdigest()
+    with pytest.raises(common.Failure, match=f"its SHA-256 is {digest}, not 00"):
+        common.download(server.url + "file", tmp_path / "file", sha256="00")
+    assert os.listdir(tmp_path) == []
+    common.download(server.url + "file", tmp_path / "file", sha256=digest[:8])
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_absent_coco_is_downloaded_only_what_is_asked_for(server, tiny_coco, monkeypatch):
@@ -1625,26 +1598,6 @@ def test_a_damaged_photo_ends_an_evaluation_in_one_line(tiny_coco, tmp_path):
         asl_model.main(["--image", str(photo), "--labels", "nam 7", *flags])
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ([], "required"),
-        (["--train", "--evaluate"], "not allowed"),
-        (["--train", "--image-size", "65"], "multiple of 4"),
-        (["--evaluate", "--threshold", "1"], "--threshold"),
-        (["--evaluate", "--resume"], "--resume"),
-        (["--train", "--gamma-neg", "nan"], "--gamma-neg"),
-        (["--train", "--arch", "resnet"], "tresnet_xl"),
-        (["--evaluate", "--labels", "dog"], "--labels"),
-    ],
-)
-def test_misuse_of_asl_model_ends_at_once_with_exit_code_2(flags, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        asl_model.settings(flags)
-    assert end.value.code == 2
-    assert word in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------ weeks 3-5: the attack
 
 
@@ -1913,6 +1866,13 @@ def test_week_4_of_digits_needs_no_file(tmp_path, monkeypatch, capsys):
     assert all(len(rows) == 5 for rows in record["rows"].values())
     assert "as logged, but in pixels" in capsys.readouterr().out
     assert (tmp_path / "pgd-attack-on-digits.png").exists()
+    for missing, *model in (
+        ("torchattacks", "digits", "--benchmark"),
+        ("efficientnet_lite_pytorch", "efficientnet_lite0"),
+    ):
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(common.Misuse, match="pip install"):
+            pgd_attack.main(["--digits", "glyphs", "--limit", "5", "--out", str(tmp_path), "--model", *model])
 
 
 def test_week_4s_attack_is_cut_in_normalised_space_as_it_was_logged():
@@ -1931,7 +1891,7 @@ def test_week_4s_attack_is_cut_in_normalised_space_as_it_was_logged():
     assert not torch.allclose(moved, cut)
 
 
-def test_torchvisions_classifiers_load_by_name_with_their_hash_checked(server, tmp_path, monkeypatch):
+def test_torchvisions_classifiers_load_by_name(tmp_path):
     from torchvision import models
 
     args = pgd_attack.settings(["--model", "resnet18", "--data", str(tmp_path)])
@@ -1986,33 +1946,55 @@ def test_attacks_that_make_no_sense_are_refused_in_one_line(attackable, tiny_coc
         pgd_attack.main([*attackable, *folders, "--weights", str(tmp_path / "big.pth")])
 
 
+# ----------------------------------------------------------------------------------------------------------- the whole
+
+
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("script", "flags", "word"),
     [
-        (["--eps", "8/0"], "not a number"),
-        (["--eps", "-1"], "not a positive"),
-        (["--threshold", "1"], "--threshold"),
-        (["--week", "3", "--sweep"], "--week"),
-        (["--week", "5", "--model", "resnet18"], "week 5"),
-        (["--week", "4", "--model", "asl"], "--model asl"),
-        (["--benchmark"], "--benchmark"),
-        (["--dataset", "imagenet"], "--dataset"),
-        (["--model", "digits", "--dataset", "coco"], "coco"),
-        (["--model", "resnet18", "--direction", "on"], "--direction"),
-        (["--image", "x.jpg", "--dataset", "scenes"], "--image"),
-        (["--image", "x.jpg", "--sweep"], "--image"),
-        (["--sweep", "--benchmark"], "not allowed"),
-        (["--loss", "l2"], "softmax-ce"),
+        (acwgan, ["--epochs", "0"], "less than 1"),
+        (acwgan, ["--epochs", "many"], "whole number"),
+        (acwgan, ["--critic-lr", "-1"], "positive"),
+        (acwgan, ["--average", "1"], "--average"),
+        (acwgan, ["--dataset", "cifar"], "cifar"),
+        (acwgan, ["--resume", "--benchmark"], "--benchmark"),
+        (acwgan, ["--penalty-share", "2"], "--penalty-share"),
+        (acwgan, ["--colour"], "--colour"),
+        (transfer, ["--target", "10"], "above 9"),
+        (transfer, ["--variant", "best"], "scratch-live"),
+        (transfer, ["--variant", "ours", "--approach", "1"], "--approach"),
+        (transfer, ["--approach", "3"], "--approach"),
+        (transfer, ["--gamma", "none"], "--gamma"),
+        (transfer, ["--gamma", "-1"], "not below 0"),
+        (asl_model, [], "required"),
+        (asl_model, ["--train", "--evaluate"], "not allowed"),
+        (asl_model, ["--train", "--image-size", "65"], "multiple of 4"),
+        (asl_model, ["--evaluate", "--threshold", "1"], "--threshold"),
+        (asl_model, ["--evaluate", "--resume"], "--resume"),
+        (asl_model, ["--train", "--gamma-neg", "nan"], "--gamma-neg"),
+        (asl_model, ["--train", "--arch", "resnet"], "tresnet_xl"),
+        (asl_model, ["--evaluate", "--labels", "dog"], "--labels"),
+        (pgd_attack, ["--eps", "8/0"], "not a number"),
+        (pgd_attack, ["--eps", "-1"], "not a positive"),
+        (pgd_attack, ["--threshold", "1"], "--threshold"),
+        (pgd_attack, ["--week", "3", "--sweep"], "--week"),
+        (pgd_attack, ["--week", "5", "--model", "resnet18"], "week 5"),
+        (pgd_attack, ["--week", "4", "--model", "asl"], "--model asl"),
+        (pgd_attack, ["--benchmark"], "--benchmark"),
+        (pgd_attack, ["--dataset", "imagenet"], "--dataset"),
+        (pgd_attack, ["--model", "digits", "--dataset", "coco"], "coco"),
+        (pgd_attack, ["--model", "resnet18", "--direction", "on"], "--direction"),
+        (pgd_attack, ["--image", "x.jpg", "--dataset", "scenes"], "--image"),
+        (pgd_attack, ["--image", "x.jpg", "--sweep"], "--image"),
+        (pgd_attack, ["--sweep", "--benchmark"], "not allowed"),
+        (pgd_attack, ["--loss", "l2"], "softmax-ce"),
     ],
 )
-def test_misuse_of_pgd_attack_ends_at_once_with_exit_code_2(flags, word, capsys):
+def test_misuse_ends_at_once_with_exit_code_2(script, flags, word, capsys):
     with pytest.raises(SystemExit) as end:
-        pgd_attack.settings(flags)
+        script.settings(flags)
     assert end.value.code == 2
     assert word in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------------------------------------- the whole
 
 
 @pytest.mark.parametrize(
