@@ -435,9 +435,8 @@ def over_images(network, images, attacks, said, args, device):
             part |= {(name, "linf"): change.abs().amax(1), (name, "l2"): change.norm(dim=1)}
             part[name, "seconds"] = torch.full((len(clean),), (time.perf_counter() - began) / len(clean))
         parts.append((b, {key: x.cpu().numpy() for key, x in part.items()}))
-        if hasattr(
-            libc, "malloc_trim"
-        ):  # glibc keeps what batches of many sizes have freed: a gigabyte after 2,000 photos
+        # glibc keeps what batches of many sizes have freed, a gigabyte after 2,000 photos
+        if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
     if world > 1:
         shares = [None] * world
