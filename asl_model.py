@@ -11,8 +11,8 @@ published networks take pixels in [0, 1], without mean and std, of photos squash
     python asl_model.py --train --dataset coco            a TResNet-M on the COCO photos in --data
     python asl_model.py --train --dataset coco --resume   goes on where that run was stopped
 
-Writes into --out: results.json; with --image <name>-labels.png; with --train checkpoint.pt and the best network,
-<arch>-<dataset>.pth, which --weights takes.
+Writes into --out: results.json; with --image <name>-labels.png; with --train checkpoint.pt and, at the end, the best
+network, <arch>-<dataset>.pth, which --weights takes (until then <arch>-<dataset>.best is the best so far).
 """
 
 from pathlib import Path
@@ -330,14 +330,24 @@ def label_index(name, class_names, what="labels"):
 def scenes_classifier(data_dir="data", out="runs/asl_model", device="cpu", digits="auto"):
     """(network, class names) of the classifier of 64-pixel scenes: the one kept in `out`, or one trained now and kept.
 
-    Training by the default settings takes minutes on two CPU cores, and says so. `digits`: what scenes are made of.
+    Training by the default settings takes minutes on two CPU cores, and says so; one that was stopped is gone on with.
+    `digits`: what scenes are made of.
     """
     digits = common.load_digits(digits, data_dir, True, 1)[0]
     path = Path(out) / f"tresnet_s-scenes-{digits}.pth"
     if not path.exists():
         print(f"there is no {path}: the classifier of scenes is trained first, minutes on two CPU cores")
-        folders = ["--data", str(data_dir), "--out", str(out), "--device", torch.device(device).type]
-        main(["--train", "--dataset", "scenes", "--digits", digits, *folders])
+        flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir), "--out", str(out)]
+        flags += ["--device", torch.device(device).type]
+        resume = ["--resume"] if (Path(out) / "checkpoint.pt").exists() else []
+        try:
+            main(flags + resume)
+        except common.Stopped:
+            raise common.Stopped("stopped while the classifier of scenes was trained; run it again to go on") from None
+        except common.Failure:
+            if not resume:
+                raise
+            main(flags)  # what is there is another command's
     network, class_names = load_asl(path, "tresnet_s")
     return network.to(device), class_names
 
@@ -489,7 +499,8 @@ class Training:
         if mAP >= self.best:  # of equals the last, whose probabilities are the surest
             self.best = mAP
             content = {"model": self.average.state_dict(), "norm": "batch norm", "num_classes": len(names)}
-            common.save_checkpoint(self.file, content | {"idx_to_class": dict(enumerate(names)), "mAP": mAP})
+            content |= {"idx_to_class": dict(enumerate(names)), "mAP": mAP}
+            common.save_checkpoint(self.file.with_suffix(".best"), content)
 
     def save(self, path):
         networks = {name: getattr(self, name).state_dict() for name in self.parts}
@@ -556,6 +567,9 @@ def train(training, data, check):
                 saved = time.time()
             if stop.pressed and training.steps < total:
                 raise common.Stopped(f"stopped at step {training.steps:,} of {total:,}; --resume goes on from {path}")
+    best = training.file.with_suffix(".best")
+    if best.exists():  # if not, it was renamed by the run that this one resumes
+        os.replace(best, training.file)
 
 
 def run_training(args, device):

@@ -50,7 +50,7 @@ def settings(argv=None):
     add("--alpha", type=positive, default="2/255", help="size of a step, of a range of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
     add("--restarts", type=whole(0), default=2, help="of several labels: further tries of the images that are not "
-        "turned yet, from random starts, each with half the alpha of the one before")  # fmt: skip
+        "turned yet, from random starts, with momentum, each with half the alpha of the one before")  # fmt: skip
     add("--all-steps", action="store_true", help="go on after an image is turned")
     add("--batch-size", type=whole(1), help="images attacked at once; None: 16 photos, 256 scenes or digits")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the attack's gradients (what came of "
@@ -115,7 +115,7 @@ LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's
 
 
 def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
-        random_start=False, early_stop=False, clip=(0, 1)):  # fmt: skip
+        random_start=False, early_stop=False, clip=(0, 1), momentum=0):  # fmt: skip
     """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): steps of alpha * sign(gradient) down `loss`.
 
     model: images (N, C, H, W) -> logits (N, L); it is run in eval mode, and left as it was.
@@ -124,6 +124,7 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
     early_stop: an image that has reached its goal leaves the batch as it is then. True: top-1 is the target (indices),
     or every logit is on the wanted side of 0 (labels); or a callable (logits, targets) -> bool (N,).
     random_start: from a uniformly random point of the ball, of torch's global generator.
+    momentum: share of the last step's direction, of gradients of equal L1 norm (Dong et al. 2018, arXiv 1710.06081).
 
     Returns the adversarial images, of the same shape: within eps of `images`, and within `clip`, which wins where the
     two contradict (it is what week 4's images, normalised first, were cut to). Raises ValueError for sizes that make no
@@ -139,6 +140,7 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
     moved = images + eps * (2 * torch.rand_like(images) - 1) if random_start else images
     moved = moved.clamp(low, high)
     result, active = moved.clone(), torch.arange(len(images), device=images.device)
+    direction = torch.zeros_like(images)
     try:
         for module in modes:
             module.training = False
@@ -149,11 +151,15 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
                 (gradient,) = torch.autograd.grad(loss(logits, targets).sum(), moved)
             if not (logits.isfinite().all() and gradient.isfinite().all()):
                 raise common.Failure("the model's answer, or the loss's gradient, is no finite number")
+            if momentum:
+                norm = gradient.abs().mean((1, 2, 3), keepdim=True)
+                gradient = direction = momentum * direction + gradient / norm.clamp(min=1e-30)
             before, moved = moved.detach(), (moved.detach() - alpha * gradient.sign()).clamp(low, high)
             if early_stop:
                 done = goal(logits.detach(), targets)
                 result[active[done]] = before[done]
-                moved, targets, low, high, active = (x[~done] for x in (moved, targets, low, high, active))
+                parts = moved, targets, low, high, direction, active
+                moved, targets, low, high, direction, active = (x[~done] for x in parts)
                 if not len(active):
                     break
         result[active] = moved.detach()
@@ -260,7 +266,7 @@ class Attack(NamedTuple):
         def attempt(images, wanted, turn):
             return pgd(
                 network, images, wanted, lambda *x: sign * loss(*x, self.target, self.threshold), self.eps,
-                self.alpha / 2**turn, self.steps, random_start=turn > 0,
+                self.alpha / 2**turn, self.steps, random_start=turn > 0, momentum=0.75 if turn else 0,
                 early_stop=self.early_stop and (lambda *x: (beyond(*x, self.threshold) > SLACK).all(1)),
             )  # fmt: skip
 

@@ -801,7 +801,7 @@ def test_the_attacks_stay_within_eps_and_move_a_linear_classifier_by_the_closed_
     assert ((once - images).flatten(1) @ w < 0).all()
 
 
-def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_one(small_run, tmp_path):
+def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_one(small_run, tmp_path, capsys):
     checkpoint = small_run[0] / "checkpoint.pt"
     fails(script("transfer.py", "--generator", tmp_path / "none.pt"), 2, "none.pt", "python acwgan.py --out")
     fails(script("transfer.py", "--generator", checkpoint, "--dataset", "mnist"), 2, "trained on glyphs", "acwgan.py")
@@ -810,6 +810,9 @@ def test_a_generator_that_does_not_fit_is_refused_with_the_command_that_makes_on
     fails(script("transfer.py", "--generator", tmp_path / "large.pt"), 2, "64 pixels", "acwgan.py")
     torch.save(content | {"average": {}}, tmp_path / "other.pt")
     fails(script("transfer.py", "--generator", tmp_path / "other.pt"), 1, "other.pt does not fit", "acwgan.py")
+    torch.save(content | {"steps": 7}, tmp_path / "other.pt")
+    transfer.load_generator(tmp_path / "other.pt", "auto")
+    assert "unfinished, step 7 of 60" in capsys.readouterr().out
     (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
     fails(script("transfer.py", "--generator", tmp_path / "half.pt"), 1, "half.pt is damaged", "acwgan.py")
 
@@ -1456,6 +1459,7 @@ def test_training_that_was_stopped_resumes_to_the_same_bits(whole_training, few_
         assert "--resume" in stderr.splitlines()[-1]
     position = torch.load(path, weights_only=True)["steps"]
     assert 0 < position < 80, "the run was over before it was stopped: the test shows nothing"
+    assert not list(tmp_path.glob("*.pth")), "a network that is not trained to the end looks like one that is"
     with pytest.raises(common.Misuse, match=r"lr 0\.005 there and 0\.1 here"):
         asl_model.main([*flags, "--resume", "--lr", "0.1"])
     asl_model.main([*flags, "--resume"])
@@ -1524,12 +1528,21 @@ def test_the_scenes_classifier_is_trained_once_and_says_so(tiny_mnist, tmp_path,
         trained.append(argv)
         return main([*argv, *map(str, SHORT[1:])])
 
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*_)
+
     monkeypatch.setattr(asl_model, "main", quick)
+    step = asl_model.Training.step
+    monkeypatch.setattr(asl_model.Training, "step", stopped)
+    with pytest.raises(common.Stopped, match="run it again to go on"):
+        asl_model.scenes_classifier(tiny_mnist, tmp_path / "out")
+    monkeypatch.setattr(asl_model.Training, "step", step)
     for _ in range(2):
         network, names = asl_model.scenes_classifier(tiny_mnist, tmp_path / "out")
         assert names == list("0123456789")
         assert network(common.load_scenes(3, source="mnist", data_dir=tiny_mnist)[0]).shape == (3, 10)
-    assert len(trained) == 1
+    assert ["--resume" in flags for flags in trained] == [False, True]
     assert "is trained first" in capsys.readouterr().out
 
 
@@ -1623,6 +1636,21 @@ def test_pgd_of_a_linear_model_is_its_closed_form():
     assert pgd_attack.pgd(Linear(weight), images[:0], torch.zeros(0), lambda x, y: x.sum(1)).shape == (0, 1, 2, 2)
 
 
+def test_pgd_with_momentum_is_the_papers_loop():
+    images, centre = torch.rand(3, 1, 2, 2), torch.tensor([0.3, 0.5, 0.52, 0.8])
+    found = pgd_attack.pgd(
+        Linear(torch.eye(4)), images, torch.zeros(3), lambda x, y: (x - centre).square().sum(1), 0.2, 0.05, 9,
+        momentum=0.75,
+    )  # fmt: skip
+    for i, x in enumerate(images.flatten(1).numpy()):
+        moved, g = x.copy(), 0
+        for _ in range(9):
+            gradient = 2 * (moved - centre.numpy())
+            g = 0.75 * g + gradient / np.abs(gradient).sum()
+            moved = np.clip(np.clip(moved - 0.05 * np.sign(g), x - 0.2, x + 0.2), 0, 1)
+        assert np.allclose(found[i].flatten().numpy(), moved, atol=1e-6)
+
+
 @pytest.mark.parametrize("clip", [(0, 1), (-0.5, 2)])
 def test_pgd_stays_within_eps_and_clip_from_any_start(clip):
     torch.manual_seed(0)
@@ -1670,14 +1698,15 @@ def test_pgd_leaves_the_model_and_its_inputs_as_they_were():
     assert network.training
 
 
-@pytest.mark.parametrize("early_stop", [False, True])
-def test_no_image_is_attacked_otherwise_for_those_beside_it(early_stop):
+@pytest.mark.parametrize(("early_stop", "momentum"), [(False, 0), (True, 0), (True, 0.75)])
+def test_no_image_is_attacked_otherwise_for_those_beside_it(early_stop, momentum):
     network, images, targets = small_network().double(), photo_like(6, 12).double(), torch.arange(6) % 3
 
     def attack(rows):
         return pgd_attack.pgd(
-            network, images[rows], targets[rows], pgd_attack.cross_entropy, 0.05, 0.01, 20, early_stop=early_stop
-        )
+            network, images[rows], targets[rows], pgd_attack.cross_entropy, 0.05, 0.01, 20, False, early_stop,
+            momentum=momentum,
+        )  # fmt: skip
 
     whole = attack(slice(None))
     assert all(torch.allclose(attack([i])[0], whole[i], atol=1e-9) for i in range(6))

@@ -499,6 +499,8 @@ def load_generator(path, dataset):
         generator, critic = acwgan.Generator(shape["latent"], shape["width"]), acwgan.Critic(shape["width"])
         generator.load_state_dict(there["average"])
         critic.load_state_dict(there["critic"])
+        if there["steps"] < (total := shape["epochs"] * (shape["dataset_size"] // shape["batch_size"])):
+            print(f"{path} is unfinished, step {there['steps']:,} of {total:,}; acwgan.py --resume would go on with it")
     except (KeyError, TypeError, AttributeError, RuntimeError) as problem:
         raise common.Failure(f"{path} does not fit this version ({problem!r:.99}); {again}") from None
     return generator.eval().requires_grad_(False), critic.eval().requires_grad_(False), shape
