@@ -1975,6 +1975,60 @@ def test_attacks_that_make_no_sense_are_refused_in_one_line(attackable, tiny_coc
         pgd_attack.main([*attackable, *folders, "--weights", str(tmp_path / "big.pth")])
 
 
+# ------------------------------------------------------------------------- peers, where they are installed: see README
+
+
+def test_peer_pytorch_fid_sees_the_same_features_and_distance(inception_file, monkeypatch):
+    peer = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *_, **__: torch.load(inception_file))
+    images = photo_like(4, 64)
+    with torch.no_grad():
+        theirs = peer.InceptionV3().eval()(images)[0].flatten(1).numpy()
+    ours = common.inception_features(images, inception_file)
+    difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    rng = np.random.default_rng(0)
+    stats = (*moments(rng.normal(size=(300, 64))), *moments(rng.normal(size=(300, 64)) + 0.1))
+    distances = (
+        common.frechet_distance(*stats),
+        pytest.importorskip("pytorch_fid.fid_score").calculate_frechet_distance(*stats),
+    )
+    print(f"features differ by {difference:.1e} of their size; distances: {distances}")
+    assert difference < 1e-4
+    assert distances[0] == pytest.approx(distances[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["tresnet_m", "tresnet_l", "tresnet_xl"])
+def test_peer_timm_gives_the_same_logits(tmp_path, arch):
+    timm = pytest.importorskip("timm")
+    state = published_state(arch, 80)
+    torch.save(
+        {"model": state, "num_classes": 80, "idx_to_class": dict(enumerate(map(str, range(80))))}, tmp_path / "x"
+    )
+    theirs = timm.create_model(arch, num_classes=80).eval()
+    theirs.load_state_dict(timm.models.tresnet.checkpoint_filter_fn({"model": state}, theirs))
+    ours, seconds = asl_model.load_asl(tmp_path / "x")[0], collections.defaultdict(list)
+    with torch.inference_mode():
+        logits = {network: network(photo_like(3, 224)) for network in (theirs, ours)}
+        for _ in range(4):
+            for network in logits:
+                begin = time.perf_counter()
+                network(photo_like(8, 224))
+                seconds[network].append(time.perf_counter() - begin)
+    difference = ((logits[ours] - logits[theirs]).norm() / logits[theirs].norm()).item()
+    share = min(seconds[ours]) / min(seconds[theirs])
+    print(f"{arch}: logits differ by {difference:.1e} of their size; eight photos take {share:.2f} of timm's time")
+    assert difference < 1e-5
+
+
+def test_peer_torchattacks_makes_the_same_images():
+    peer = pytest.importorskip("torchattacks")
+    network, images, targets = small_network().eval(), photo_like(6, 12), torch.arange(6) % 3
+    attack = peer.PGD(nn.Sequential(network).eval(), 0.05, 0.01, 20, random_start=False)
+    attack.set_mode_targeted_by_label(quiet=True)
+    ours = pgd_attack.pgd(network, images, targets, pgd_attack.cross_entropy, 0.05, 0.01, 20)
+    assert torch.allclose(attack(images, targets), ours, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 
