@@ -67,6 +67,7 @@ def run(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
         return
     except Failure as problem:  # of a DataLoader's worker: the last line of its traceback
         line, code = f"error: {str(problem).strip().splitlines()[-1].removeprefix('common.Failure: ')}", problem.code
@@ -74,12 +75,16 @@ def run(main):
         where = f"{problem.filename}: " if problem.filename else ""
         line, code = f"error: {where}{problem.strerror or problem}", 1
     except KeyboardInterrupt:
-        line, code = "interrupted; nothing is half written; --resume goes on from the last checkpoint, if any", 130
+        line, code = "interrupted; nothing is half written; run it again, with --resume where it has that", 130
     except (MemoryError, RuntimeError) as problem:  # torch.OutOfMemoryError, and the CPU's allocator
         if isinstance(problem, RuntimeError) and not re.search("out of memory|can't allocate memory", str(problem)):
             raise
         line, code = "error: not enough memory; lower --batch-size, --width or --limit, or use --device cpu", 1
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is full or closed; Python would say so once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
@@ -109,10 +114,8 @@ def parser(doc, script, dataset, datasets, meaning, limit="use only the first N 
     `meaning`, `limit`: what the script's help says of --dataset and --limit.
     """
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    p = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
+    both = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=type("Formatter", both, {}))
     add = p.add_argument
     add("--data", type=Path, default=Path("data"), help="folder of the datasets and downloaded weights")
     add("--out", type=Path, default=Path("runs") / script, help="folder for what this run writes")
@@ -270,6 +273,21 @@ def wilson(hits, n, z=1.959964):
 def percent(rate):
     """A `wilson` record as text."""
     return f"{rate['rate']:.2%} [{rate['low']:.2%}, {rate['high']:.2%}] of {rate['n']:,}"
+
+
+def cell(x):
+    """A number, a `wilson` record or None as a cell of a table."""
+    if isinstance(x, dict):
+        return f"{x['rate']:.1%} [{x['low']:.1%}, {x['high']:.1%}]"
+    return "-" if x is None else x if isinstance(x, str) else f"{x:.2f}" if isinstance(x, float) else f"{x:,}"
+
+
+def print_table(head, lines):
+    """Print the columns, each as wide as its widest cell, the first one to the left."""
+    lines = [[cell(x) for x in line] for line in [head, *lines]]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        print(first.ljust(wide[0]), *(x.rjust(w) for x, w in zip(others, wide[1:], strict=True)), sep="  ")
 
 
 def write_results(args, numbers, **facts):

@@ -501,26 +501,11 @@ def count_single(found, name, attack, classes):
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def cell(x):
-    """A number, a `wilson` record or None as a cell of a table."""
-    if isinstance(x, dict):
-        return f"{x['rate']:.1%} [{x['low']:.1%}, {x['high']:.1%}]"
-    return "-" if x is None else x if isinstance(x, str) else f"{x:.2f}" if isinstance(x, float) else f"{x:,}"
-
-
-def print_table(head, lines):
-    """Print the columns, each as wide as its widest cell, the first one to the left."""
-    lines = [[cell(x) for x in line] for line in [head, *lines]]
-    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        print(first.ljust(wide[0]), *(x.rjust(w) for x, w in zip(others, wide[1:], strict=True)), sep="  ")
-
-
 def print_rows(rows, columns):
     """Print {name: row}, `columns` being {head: key in the row}."""
     columns |= {"L2": "l2", "images/s": "images_per_second"}
     lines = [[name, *(row[key] for key in columns.values()), f"{row['linf']:.4f}"] for name, row in rows.items()]
-    print_table(["", *columns, "Linf"], lines)
+    common.print_table(["", *columns, "Linf"], lines)
 
 
 def counted(rows, names, attacks):
@@ -597,7 +582,7 @@ def figure(title, shown, table=()):
         y += height
     for line in table:
         for i, x in enumerate(line):
-            ink.text((gap + (i > 0) * (60 + 220 * i), y), cell(x), "black", font)
+            ink.text((gap + (i > 0) * (60 + 220 * i), y), common.cell(x), "black", font)
         y += 20
     return page
 
@@ -656,7 +641,7 @@ def several_labels(args, device):
                       "NT-R": "non_target_changed"})  # fmt: skip
     print("exact: and every other label as before; off, on: other labels; NT-R: share of other labels changed\n")
     head, *lines = counted(rows, names, attacks)
-    print_table(head, lines)
+    common.print_table(head, lines)
     both = {name: rows[name] for name in (next(iter(rows)), list(rows)[-1])}
     notes = functools.partial(label_notes, names=names, threshold=args.threshold, target=target)
     page = figure(f"PGD on ASL: {args.target} {args.direction}", [(shown, notes)], counted(both, names, attacks))
@@ -750,7 +735,7 @@ def sweep(network, images, ours, args, device):
         print(f"{len(images):,} images; switch {args.target} {args.direction}, by {args.loss}")
         lines = [[f"{eps * 255:g}/255", *(rows[kind, eps]["target_switched"] for kind in kinds)] for eps in SWEEP]
         exact = [rows["attack", eps]["exact"] for eps in SWEEP]
-        print_table(["eps", *kinds, "attack, exact"], [[*line, x] for line, x in zip(lines, exact, strict=True)])
+        common.print_table(["eps", *kinds, "attack, exact"], [[*line, x] for line, x in zip(lines, exact, strict=True)])
         for control, holds in controls.items():
             print("holds:" if holds else "FAILS:", control)
     return {"rows": {f"{kind}, {eps * 255:g}/255": row for (kind, eps), row in rows.items()}, "controls": controls}
@@ -792,7 +777,7 @@ def benchmark(network, images, ours, args, device):
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     best = {name: min(times) for name, times in seconds.items()}
-    print_table(
+    common.print_table(
         [f"{len(images)} images", "seconds", "of torchattacks'", "target reached"],
         [[name, s, s / best["torchattacks"], share(hits[name], len(images))] for name, s in best.items()],
     )

@@ -399,20 +399,11 @@ def speed(generators, nets, asked, target, seed):
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def table(rows):
-    """The table as text: a line per variant."""
-    head = "variant", "target fooled", "judge reads y", "both", "other target", "Frechet", "L2", "Linf", "samples/s"
-    lines = [
-        f"{head[0]:14}{head[1]:>16}{head[2]:>16}{head[3]:>16}{head[4]:>14}" + "".join(f"{h:>10}" for h in head[5:])
-    ]
-    for name, row in rows.items():
-        rates = [row[key] for key in ("target_fooled", "judge_reads_asked", "adversarial")]
-        lines.append(
-            f"{name:14}" + "".join(f"{r['rate']:>9.2%} ±{(r['high'] - r['low']) / 2:5.2%}" for r in rates)
-            + f"{row['transfer_fooled']['rate']:>14.2%}{row['frechet_distance']:>10.2f}{row['mean_l2']:>10.2f}"
-            f"{row['mean_linf']:>10.2f}{row['samples_per_second']:>10,.0f}"
-        )  # fmt: skip
-    return "\n".join(lines)
+COLUMNS = {  # of the table: the number's name in the record
+    "target fooled": "target_fooled", "judge reads y": "judge_reads_asked", "both": "adversarial",
+    "other target": "transfer_fooled", "Frechet": "frechet_distance", "L2": "mean_l2", "Linf": "mean_linf",
+    "samples/s": "samples_per_second",
+}  # fmt: skip
 
 
 def sheet(rows, title, columns=16, cell=56):
@@ -558,7 +549,7 @@ def main(argv=None):
     for name, row in rows.items():
         row["samples_per_second"] = len(perturbed) / seconds[name]
     print(f"every y is to be taken for {'y + 1' if args.target is None else args.target}; n = {args.samples:,}")
-    print(table(rows))
+    common.print_table(["variant", *COLUMNS], [[name, *map(row.get, COLUMNS.values())] for name, row in rows.items()])
     write_figures(args.out, drawn, ended)
     facts = {"dataset": dataset, "dataset_size": len(images), "device": str(device)}
     numbers = {"accuracy": accuracy, "rows": rows, "ended": ended, "seconds_for_up_to_1000_digits": seconds}
