@@ -92,6 +92,13 @@ def tiny_mnist(tmp_path):
     return made_up_mnist(tmp_path / "data")
 
 
+def reader_of(run, folder):
+    """Copy the digit reader that a small run has trained into another's folder: seconds saved."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(run[0] / "reader-glyphs-640.pt", folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     """An uninterrupted small run: its folder and what `main` returned."""
@@ -532,15 +539,15 @@ def test_the_benchmark_times_every_variant_and_writes_nothing_but_its_record(tmp
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(small_run, tmp_path):
     samples = np.load(small_run[0] / "samples.npz")["images"]
-    acwgan.main([*SMALL, "--out", str(tmp_path / "same")])
-    acwgan.main([*SMALL, "--out", str(tmp_path / "other"), "--seed", "1"])
+    acwgan.main([*SMALL, "--out", str(reader_of(small_run, tmp_path / "same"))])
+    acwgan.main([*SMALL, "--out", str(reader_of(small_run, tmp_path / "other")), "--seed", "1"])
     assert np.array_equal(np.load(tmp_path / "same" / "samples.npz")["images"], samples)
     assert not np.array_equal(np.load(tmp_path / "other" / "samples.npz")["images"], samples)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(small_run, tmp_path, stop):
-    stop_once_there_is(tmp_path / "checkpoint.pt", stop, "acwgan.py", *SMALL, "--out", tmp_path)
+    stop_once_there_is(tmp_path / "checkpoint.pt", stop, "acwgan.py", *SMALL, "--out", reader_of(small_run, tmp_path))
     position = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["steps"]
     assert 0 < position < 60, "the run was over before it was stopped: the test shows nothing"
     resumed = script("acwgan.py", *SMALL, "--out", tmp_path, "--resume")
@@ -603,20 +610,22 @@ def test_auto_warns_loudly_when_it_falls_back_to_glyphs(tmp_path, monkeypatch, c
 
 
 def test_resuming_checks_what_it_resumes(small_run, tmp_path):
-    out = small_run[0]
-    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 2, "nothing to resume", "checkpoint.pt")
-    fails(
-        script("acwgan.py", *SMALL, "--out", out, "--resume", "--batch-size", 64), 2, "batch_size 32 there and 64 here"
-    )
-    data = (out / "checkpoint.pt").read_bytes()
-    for content, word in ((data[: len(data) // 2], "damaged"), (b"text", "damaged")):
+    flags = [*SMALL, "--out", str(tmp_path), "--resume"]
+    fails(script("acwgan.py", *flags), 2, "nothing to resume", "checkpoint.pt")
+    data, foreign = (small_run[0] / "checkpoint.pt").read_bytes(), io.BytesIO()
+    torch.save({"generator": {}}, foreign)
+    for content, error, word in (
+        (data[: len(data) // 2], common.Failure, r"checkpoint\.pt is damaged"),
+        (b"text", common.Failure, r"checkpoint\.pt is damaged"),
+        (foreign.getvalue(), common.Failure, "not a checkpoint of acwgan"),
+        (data, common.Misuse, "batch_size 32 there and 64 here"),
+    ):
         (tmp_path / "checkpoint.pt").write_bytes(content)
-        fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "checkpoint.pt", word)
-    torch.save({"generator": {}}, tmp_path / "checkpoint.pt")
-    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "not a checkpoint of acwgan")
-    foreign = torch.load(out / "checkpoint.pt", weights_only=True) | {"steps": "many"}
-    torch.save(foreign, tmp_path / "checkpoint.pt")
-    fails(script("acwgan.py", *SMALL, "--out", tmp_path, "--resume"), 1, "does not fit this version")
+        with pytest.raises(error, match=word):
+            acwgan.main([*flags, *(["--batch-size", "64"] if content == data else [])])
+    torch.save(torch.load(io.BytesIO(data), weights_only=True) | {"steps": "many"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.Failure, match="does not fit this version"):
+        acwgan.main(flags)
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
@@ -628,9 +637,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     fails(script("acwgan.py", *SMALL, "--out", tmp_path / "file" / "below"), 1, str(tmp_path / "file"), "--out")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(small_run, tmp_path):
     flags = [*SMALL, "--generator-lr", "1e30", "--critic-lr", "1e30"]
-    fails(script("acwgan.py", *flags, "--out", tmp_path), 1, "not a number", "--critic-lr")
+    fails(script("acwgan.py", *flags, "--out", reader_of(small_run, tmp_path)), 1, "not a number", "--critic-lr")
     assert [path.name for path in tmp_path.iterdir()] == ["reader-glyphs-640.pt"]
 
 
@@ -638,12 +647,13 @@ def test_networks_that_memory_cannot_hold_are_refused_in_one_line(tmp_path):
     fails(script("acwgan.py", *SMALL, "--width", 10**7, "--out", tmp_path), 1, "memory", "--width")
 
 
-def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(tmp_path):
+def test_a_full_disk_ends_the_run_in_one_line_that_names_the_file(small_run, tmp_path):
     def no_room():  # files may not grow beyond 100 kB: as on a full disk, the write fails half-way
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    fails(script("acwgan.py", *SMALL, "--out", tmp_path, preexec_fn=no_room), 1, f"{tmp_path / 'reader-glyphs-640.pt'}")
-    assert os.listdir(tmp_path) == []
+    process = script("acwgan.py", *SMALL, "--out", reader_of(small_run, tmp_path), preexec_fn=no_room)
+    fails(process, 1, f"{tmp_path / 'checkpoint.pt'}")
+    assert os.listdir(tmp_path) == ["reader-glyphs-640.pt"]
 
 
 # ------------------------------------------------------------------------------------------------------------- week 2
