@@ -610,14 +610,14 @@ def several_labels(args, device):
     target = asl_model.label_index(args.target, names)
     args.direction = args.direction or ("on" if args.week else "flip")
     ours = Attack(target, args.direction, args.threshold, "margin", args.eps, args.alpha, args.steps,
-                  not args.all_steps, args.restarts)  # fmt: skip
+                  early_stop=not args.all_steps, restarts=args.restarts)  # fmt: skip
     if args.sweep:
         return sweep(network, images, ours, args, device), None
     log = Attack(target, args.direction, args.threshold, "softmax-bce", 0.3)
     if args.week == 3:
         attacks = {"as logged: softmax-ce, eps 0.6": log._replace(loss="softmax-ce", eps=0.6)}
         attacks |= {loss: ours._replace(loss=loss, early_stop=False, restarts=0) for loss in LOSSES}
-        attacks["margin, early stop"] = ours
+        attacks["margin, early stop, restarts"] = ours
     elif args.week == 5:
         up = log._replace(ascend=True)
         attacks = {"as logged: softmax-bce": log, "softmax-bce, ascended": up}

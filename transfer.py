@@ -21,7 +21,7 @@ import common
 
 VARIANTS = {  # name: what it is; the log's approach, or None
     "scratch": ("an untrained generator against a frozen critic, as logged", 1),
-    "scratch-live": ("the same, but the critic goes on training", None),
+    "scratch-live": ("the same, but the critic goes on training, and the generator steps twice as far", None),
     "fid-detached": ("the pre-trained generator, FID without a gradient, as logged", 2),
     "fid": ("the same, but the FID has its gradient", None),
     "euclidean": ("AT-GAN: distance to the original sample of the same (z, y)", None),
@@ -162,7 +162,7 @@ class Refiner(nn.Module):
 EUCLIDEAN_WEIGHT = 0.05
 EUCLIDEAN_NOISE = 0.1  # standard deviation of what AT-GAN adds to the original sample
 RECENT = 7  # batches of features that stand beside a new one in a Frechet distance
-RATE = 1e-3  # Adam's step size, of every generator and of the critic that goes on training
+RATE = 1e-3  # Adam's step size, of every generator (scratch-live: twice that) and of the critic that goes on training
 
 
 def hinge(logits, labels, margin):
