@@ -1,99 +1,109 @@
 """Week 1: an AC-WGAN-GP on MNIST.
 
-The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028) whose generator is
-told which digit to draw and is held to it by an auxiliary classifier (Odena et al. 2017, arXiv 1610.09585), and showed
-32 "nice" samples. This script trains one, draws the same figure, and measures: how often an independent classifier
-reads the digit that was asked for, and how far the samples are from MNIST's test images.
+The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
+whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
+1610.09585), and showed 32 "nice" samples. This script trains one, draws that figure, and measures
+how often an independent classifier reads the digit asked for, and how far samples are from MNIST.
 
-    python acwgan.py                          the default run, minutes on two CPU cores
-    python acwgan.py --epochs 50              the README's run
-    python acwgan.py --epochs 50 --resume     goes on where that run was stopped
-    python acwgan.py --benchmark              what a training step costs, and what each speed-up saves
+    python acwgan.py                              train; minutes on two CPU cores
+    python acwgan.py --resume                     continue a run that was stopped
+    python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-Writes into --out: checkpoint.pt, samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and
-results.json; and reader-<dataset>-<size>.pt, the classifier that measures.
+Writes into --out: checkpoint.pt, history.csv (losses), AC-WGAN_GP.png, samples.npz (images uint8
+(N, 28, 28), labels int64 (N,)), results.json, and reader.pt, the classifier that measures; with
+--sample only drawn.npz (as samples.npz) and drawn.png.
 """
 
-import common
-
-
-def settings(argv=None):
-    """The flags. The defaults are for two CPU cores and little patience; the log's value is in brackets."""
-    p = common.parser(__doc__, "acwgan", "auto", ("auto", "mnist", "glyphs"),
-        "auto: mnist, or glyphs where that can't be had")  # fmt: skip
-    add, whole, positive = p.add_argument, common.whole, common.positive
-    add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
-    add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
-    add("--critic-steps", type=whole(1), default=1, help="critic steps per generator step, on one real batch [5]")
-    add("--critic-lr", type=positive, default=2e-3, help="Adam's step size for the critic [1e-4]")
-    add("--generator-lr", type=positive, default=4e-3, help="Adam's step size for the generator [1e-4]")
-    add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes, to 0 at the end [none]")
-    add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
-    add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty, lambda [10]")
-    add("--penalty-share", type=positive, default=0.5, help="share of the batch the penalty is taken on [1]")
-    add("--latent", type=whole(11), default=74, help="the generator's input numbers, the class's ten included [100]")
-    add("--image-size", type=int, choices=(28, 64), default=28, help="pixels the networks work at [64]")
-    add("--width", type=whole(1), default=32, help="channels of both networks at the finest scale [64]")
-    add("--average", type=float, default=0.999, help="decay per step of the averaged generator; 0: none [0]")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where hardware has it [fp32]")
-    add("--samples", type=whole(10), default=10_000, help="images in samples.npz and behind every measured number")
-    add("--inception", action="store_true", help="download Inception (91 MB) into --data, if absent, for its FID")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--benchmark", action="store_true", help="only time the training step, with and without each speed-up")
-    args = p.parse_args(argv)
-    if not (0 <= args.average < 1 and args.beta2 < 1 and args.penalty_share <= 1):
-        p.error("--average must lie in [0, 1), --beta2 in (0, 1), --penalty-share in (0, 1]")
-    if args.resume and args.benchmark:
-        p.error("--benchmark trains nothing that --resume could go on with")
-    return args
-
-
-if __name__ == "__main__":
-    common.before_torch(settings)
-
 import copy
-import hashlib
+import functools
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+import torchvision
 from torch import nn
-from tqdm import tqdm
+
+import common
 
 CLASSES = 10
+DOUBLINGS = {28: 1, 64: 2}  # of the side, by strided convolutions; a pixel shuffle does one more
+READER = {"seed": 1234, "epochs": 3, "shift": 2, "smoothing": 0.05}  # how it is trained
+RANDOM = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # modules that have random numbers
+SAVE_EVERY = 60  # seconds between checkpoints
+NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that a resumed run doesn't inherit
+MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
+ANEW = "train anew with --force"
 
-# ------------------------------------------------------------------------------------------------------------ networks
+
+def settings(argv=None):
+    """The flags [the log's value]. --resume and --sample take the defaults from the checkpoint."""
+    names, about = ("auto", "mnist", "glyphs"), "auto: mnist, or glyphs where that can't be had"
+    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, trains=True)
+    add, whole, positive = p.add_argument, common.whole, common.positive
+    add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
+    add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
+    add("--critic-steps", type=whole(1), default=1, help="per generator step, on one batch [5]")
+    add("--critic-lr", type=positive, default=2e-3, help="Adam's step size for the critic [1e-4]")
+    add("--generator-lr", type=positive, default=4e-3, help="the same for the generator [1e-4]")
+    add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes [none]")
+    add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
+    add("--penalty", type=positive, default=10.0, help="gradient penalty's weight, lambda [10]")
+    add("--penalty-share", type=positive, default=0.5, help="of the batch, for the penalty [1]")
+    add("--latent", type=whole(11), default=74, help="generator inputs, the class's ten too [100]")
+    add("--image-size", type=int, choices=DOUBLINGS, default=28, help="of the networks [64]")
+    add("--width", type=whole(1), default=32, help="channels at the finest scale [64]")
+    add("--average", type=float, default=0.999, help="of the generator, decay per step [0: none]")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: faster [fp32]")
+    add("--samples", type=whole(10), default=10_000, help="images drawn and measured at the end")
+    add("--inception", action="store_true", help="report FID; downloads 91 MB into --data once")
+    add("--sample", type=whole(1), metavar="N", help="only draw N digits, with a trained generator")
+    add("--digit", type=int, choices=range(CLASSES), help="for --sample; otherwise all in turn")
+    args = p.parse_args(argv)
+    if args.resume or args.sample:
+        path = args.out / "checkpoint.pt"
+        if not path.exists():
+            p.error(f"there is no {path}; train first, or name its folder with --out")
+        p.set_defaults(**common.load_checkpoint(path, "acwgan", ANEW).get("settings", {}))
+        args = p.parse_args(argv)
+    if args.digit is not None and not args.sample:
+        p.error("--digit needs --sample N")
+    if not (0 <= args.average < 1 and args.beta2 < 1 and args.penalty_share <= 1):
+        p.error("--average must be in [0, 1), --beta2 in (0, 1), --penalty-share in (0, 1]")
+    if args.precision == "auto":
+        bf16 = common.has_bf16(common.pick_device(args.device))
+        args.precision = "bf16" if bf16 else "fp32"
+    return args
 
 
 def leaky_relu(x):
-    """max(x, x / 5), written as a product with a constant.
-
-    The gradient penalty differentiates the backward pass, and there torch's own leaky ReLU sends its second
-    derivative, all zeros, back through the whole network once more. A constant slope has nothing to send.
-    """
+    """max(x, x / 5). The gradient penalty would send the second derivative of torch's own, zeros,
+    back through the whole network once more; a constant slope has none."""
     return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
 class Generator(nn.Module):
-    """Draws the digits it is asked for: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
+    """Draws digits: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
 
-    As in the log, the first ten latent numbers are overwritten by the one-hot label, and the network is DCGAN's
-    (Radford et al. 2015): transposed convolutions with batch norm. It starts at 7 or 8 pixels; the last doubling is a
-    pixel shuffle, because a convolution to a single channel leaves a CPU's vector units idle.
+    As in the log, the one-hot label overwrites the first ten latent numbers, and the network is
+    DCGAN's (Radford et al. 2015), from 7 or 8 pixels up. The last doubling is a pixel shuffle: a
+    convolution to a single channel leaves a CPU's vector units idle.
     """
 
     def __init__(self, latent=74, width=32, image_size=28):
         super().__init__()
-        self.latent, self.start, doublings = latent, *{28: (7, 1), 64: (8, 2)}[image_size]
-        c = width << doublings + 1
+        scale = 2 ** (DOUBLINGS[image_size] + 1)
+        self.latent, self.start, c = latent, image_size // scale, width * scale
         self.project = nn.Linear(latent, c * self.start**2, bias=False)
         layers = [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 3, 1, 1, bias=False)]
-        for c in [c >> depth for depth in range(1, doublings + 1)]:
-            layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1), nn.PixelShuffle(2), nn.Sigmoid()]
+        for _ in range(DOUBLINGS[image_size]):
+            c //= 2
+            up = nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)
+            layers += [nn.BatchNorm2d(c), nn.ReLU(), up]
+        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1)]
+        layers += [nn.PixelShuffle(2), nn.Sigmoid()]
         self.draw = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
@@ -103,47 +113,45 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images (N, 1, S, S) in [0, 1] -> Wasserstein scores (N,) and the auxiliary classifier's logits (N, 10).
+    """Images (N, 1, S, S) in [0, 1] -> Wasserstein scores (N,) and class logits (N, 10).
 
-    Critic and classifier share a trunk without any normalisation: the penalty holds each example's own gradient, so
-    no example's score may depend on another's. The first layer sees 2x2 pixels as four channels, again for the CPU.
+    Critic and auxiliary classifier share a trunk. It has no batch norm: the penalty is on each
+    example's own gradient. The first layer sees 2x2 pixels as four channels, again for the CPU.
     """
-
-    activation = staticmethod(leaky_relu)
 
     def __init__(self, width=32, image_size=28):
         super().__init__()
-        side, doublings = {28: (7, 1), 64: (8, 2)}[image_size]
         self.unshuffle = nn.PixelUnshuffle(2)
+        *narrow, wide = [width * 2**d for d in range(DOUBLINGS[image_size] + 1)]
         layers = [nn.Conv2d(4, width, 3, 1, 1)]
-        layers += [nn.Conv2d(width << d, width << d + 1, 4, 2, 1) for d in range(doublings)]
-        layers += [nn.Conv2d(width << doublings, width << doublings + 1, 3, 1, 1)]
+        layers += [nn.Conv2d(c, 2 * c, 4, 2, 1) for c in narrow]
+        layers += [nn.Conv2d(wide, 2 * wide, 3, 1, 1)]
         self.layers = nn.ModuleList(layers).to(memory_format=torch.channels_last)
-        self.heads = nn.Linear((width << doublings + 1) * side**2, 1 + CLASSES)
+        side = image_size // 2 ** (DOUBLINGS[image_size] + 1)
+        self.heads = nn.Linear(2 * wide * side**2, 1 + CLASSES)
 
     def forward(self, images):
         maps = self.unshuffle(2 * images - 1).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
-            maps = self.activation(layer(maps))
-        out = self.heads(maps.flatten(1)).to(self.heads.weight.dtype)  # not bfloat16: losses are means of these
+            maps = leaky_relu(layer(maps))
+        out = self.heads(maps.flatten(1)).to(self.heads.weight.dtype)  # no means of bfloat16
         return out[:, 0], out[:, 1:]
 
 
 class DigitReader(nn.Module):
     """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
 
-    The 64 `features` before its last layer are the space of our Frechet distance. It shares no weight, no random
-    number and no architecture with the networks it judges, and no loss ever sees it.
+    The 64 `features` before its last layer are the space of our Frechet distance. It shares no
+    weight, no random number and no architecture with the networks it judges, and no loss sees it.
     """
 
     def __init__(self):
         super().__init__()
-
-        def block(c_in, c_out, stride):
-            return [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-
-        blocks = [*block(4, 32, 1), *block(32, 64, 2), *block(64, 64, 1), *block(64, 128, 2)]
-        self.features = nn.Sequential(nn.PixelUnshuffle(2), *blocks, nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU())
+        layers = [nn.PixelUnshuffle(2)]
+        for c_in, c_out, stride in ((4, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)):
+            convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU())
         self.head = nn.Linear(64, CLASSES)
         self.to(memory_format=torch.channels_last)
 
@@ -151,14 +159,11 @@ class DigitReader(nn.Module):
         return self.head(self.features(images))
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
-
-
 def gradient_norms(critic, real, fake, rng=None):
     """||grad score(x)||_2, (N,), at x = u * real + (1 - u) * fake, and differentiable once more.
 
-    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per example, not per pixel,
-    and the norm is over all of an example's pixels.
+    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per
+    example, not per pixel, and the norm is over all of an example's pixels.
     """
     u = torch.rand(len(real), 1, 1, 1, device=real.device, generator=rng)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
@@ -167,222 +172,175 @@ def gradient_norms(critic, real, fake, rng=None):
 
 
 def gradient_penalty(critic, real, fake, rng=None):
-    """Mean of (||grad score(x)||_2 - 1)^2, a scalar (Gulrajani et al. 2017, algorithm 1); see `gradient_norms`."""
+    """Mean of (||grad score(x)||_2 - 1)^2, a scalar (Gulrajani et al. 2017, algorithm 1)."""
     return (gradient_norms(critic, real, fake, rng) - 1).square().mean()
 
 
 def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
-    """What the critic descends: penalty * gradient penalty + auxiliary loss on real images - Wasserstein estimate.
+    """What the critic descends: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
 
-    The gradient penalty is taken on the first `share` of the batch: a mean either way, and its double backward is the
-    dearest part of a step. Returns (loss, its parts by name).
+    Images real, fake (N, 1, S, S); labels (N,) int64 of the real ones, which alone are classified.
+    The penalty's double backward is the most expensive part of a step: it is taken on the first
+    `share` of the batch, a mean either way. Returns (loss, its parts by name).
     """
     n, k = len(real), math.ceil(len(real) * share)
     scores, logits = critic(torch.cat([real, fake]))
     wasserstein = scores[:n].mean() - scores[n:].mean()
     auxiliary = F.cross_entropy(logits[:n], labels)
     gp = gradient_penalty(critic, real[:k], fake[:k])
-    return penalty * gp + auxiliary - wasserstein, {"wasserstein": wasserstein, "penalty": gp, "auxiliary": auxiliary}
+    parts = {"wasserstein": wasserstein, "penalty": gp, "auxiliary": auxiliary}
+    return penalty * gp + auxiliary - wasserstein, parts
 
 
 def generator_loss(critic, fake, labels):
-    """What the generator descends: the auxiliary loss on the classes it was asked for, minus the critic's score."""
+    """What the generator descends: auxiliary loss on the classes asked for - the critic's score."""
     scores, logits = critic(fake)
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+def random_state(device):
+    """The states of torch's random numbers, {kind of device: state}, for a checkpoint."""
+    return {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", device.type}}
+
+
+def set_random_state(state, device):
+    """Restore what `random_state` returned; of a run on another kind of device, the CPU's only."""
+    for kind in {"cpu", device.type} & state.keys():
+        RANDOM[kind].set_rng_state(state[kind])
 
 
 class Training:
     """The networks, their optimisers and the position of a run: what a checkpoint holds."""
 
-    def __init__(self, args, device, dataset, size):
+    def __init__(self, args, device):
         torch.manual_seed(args.seed)
-        self.args, self.device, self.steps, self.seconds, self.history = args, device, 0, 0.0, []
-        best = "bf16" if common.has_bf16(device) else "fp32"
-        self.precision = best if args.precision == "auto" else args.precision
+        self.device, self.steps, self.seconds, self.history = device, 0, 0.0, []
         self.generator = Generator(args.latent, args.width, args.image_size).to(device)
         self.critic = Critic(args.width, args.image_size).to(device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        betas, fused = (0.0, args.beta2), device.type != "mps"
-        self.generator_adam = torch.optim.Adam(self.generator.parameters(), args.generator_lr, betas, fused=fused)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=fused)
+        adam = functools.partial(torch.optim.Adam, betas=(0.0, args.beta2), fused=True)
+        self.generator_adam = adam(self.generator.parameters(), args.generator_lr)
+        self.critic_adam = adam(self.critic.parameters(), args.critic_lr)
         self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
-        unused = {"data", "out", "device", "limit", "samples", "inception", "resume", "benchmark"}  # by any weight
-        self.shape = {name: value for name, value in vars(args).items() if name not in unused}
-        self.shape |= {"dataset": dataset, "dataset_size": size, "precision": self.precision}
 
-    def step(self, real, labels, remaining=1.0):
-        """`critic_steps` updates of the critic and one of the generator on real images (N, 1, S, S) in [0, 1].
+    def save(self, path, settings):
+        content = {name: getattr(self, name).state_dict() for name in self.parts}
+        content |= {"steps": self.steps, "seconds": self.seconds, "history": self.history}
+        content |= {"kind": "acwgan", "settings": settings, "random": random_state(self.device)}
+        common.save_checkpoint(path, content)
 
-        `remaining` is the share of the run still to come, for the step size. Returns the losses' parts as tensors.
-        """
-        args = self.args
-        if args.decay == "linear":
-            self.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
-            self.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
-
-        for critic_step in range(args.critic_steps):
-            latent = torch.randn(len(real), args.latent, device=self.device)
-            # the generator's own update takes the last fake batch, and needs its graph
-            with self.autocast(), torch.set_grad_enabled(critic_step == args.critic_steps - 1):
-                fake = self.generator(latent, labels).float()
-            with self.autocast():
-                loss, parts = critic_loss(self.critic, real, labels, fake.detach(), args.penalty, args.penalty_share)
-            self.critic_adam.zero_grad()
-            loss.backward()
-            self.critic_adam.step()
-
-        self.critic.requires_grad_(False)
-        with self.autocast():
-            parts["generator"] = generator_loss(self.critic, fake, labels)
-        self.generator_adam.zero_grad()
-        parts["generator"].backward()
-        self.generator_adam.step()
-        self.critic.requires_grad_(True)
-
-        self.steps += 1
-        keep = min(args.average, 1 - 8 / (self.steps + 8))  # short at first, or it would go on showing the noise
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - keep)
-            for mine, its in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-                mine.copy_(its)
-        return parts
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def save(self, path):
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        position = {"steps": self.steps, "seconds": self.seconds, "history": self.history, "random": random}
-        networks = {name: getattr(self, name).state_dict() for name in self.parts}
-        common.save_checkpoint(path, {"kind": "acwgan", "shape": self.shape, **position, **networks})
-
-    def load(self, path):
-        common.load_run(path, "acwgan", self.shape, self.take)
-
-    def take(self, there):
-        """Take over what `save` has written."""
-        for name in self.parts:
-            getattr(self, name).load_state_dict(there[name])
-        for adam in (self.generator_adam, self.critic_adam):
-            if any(adam.state[p]["exp_avg"].shape != p.shape for p in adam.param_groups[0]["params"]):
-                raise ValueError("Adam's averages are another network's")
-        self.steps, self.seconds = int(there["steps"]), float(there["seconds"])
-        self.history = list(there["history"])
-        torch.set_rng_state(there["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in there["random"]:
-            torch.cuda.set_rng_state(there["random"]["cuda"], self.device)
-
-
-def train(training, images, labels, evaluate):
-    """Train to the end of the last epoch; a checkpoint is written once a minute, after each epoch, and at Ctrl-C."""
-    args, path = training.args, training.args.out / "checkpoint.pt"
-    per_epoch = len(images) // args.batch_size
-    total = args.epochs * per_epoch
-    began, saved, order_of = time.time() - training.seconds, time.time(), None
-    with common.ctrl_c() as stop, tqdm(total=total, initial=training.steps, unit="step", disable=None) as bar:
-        while training.steps < total:
-            epoch, i = divmod(training.steps, per_epoch)
-            if epoch != order_of:  # each epoch's order has its own seed, so that a run resumed within it finds it again
-                rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-                order, order_of = torch.randperm(len(images), generator=rng).to(images.device), epoch
-            batch = order[i * args.batch_size :][: args.batch_size]
-            parts = training.step(resize(images[batch], args.image_size), labels[batch], 1 - training.steps / total)
-            training.seconds = time.time() - began
-            bar.update()
-
-            epoch_ends = i + 1 == per_epoch
-            save = epoch_ends or stop.pressed or time.time() - saved > 60
-            if save or training.steps % 50 == 0:
-                values = {name: value.item() for name, value in parts.items()}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                weights = [*training.generator.parameters(), *training.critic.parameters()] if save else []
-                if not (all(map(math.isfinite, values.values())) and all(w.isfinite().all() for w in weights)):
-                    raise common.Failure(
-                        f"a loss or weight is not a number any more at step {training.steps:,} ({values}); start anew "
-                        "with a lower --critic-lr and --generator-lr; no such state was saved"
-                    )
-            if epoch_ends and (epoch + 1) % 10 == 0 and training.steps < total:
-                training.history.append(evaluate()[0])
-            if save:
-                training.save(path)
-                saved = time.time()
-            if stop.pressed:
-                raise common.Stopped(f"stopped at step {training.steps:,} of {total:,}; --resume goes on from {path}")
+    def load(self, path, checkpoint):
+        with common.advise(path, ANEW):
+            for name in self.parts:
+                getattr(self, name).load_state_dict(checkpoint[name])
+            self.steps, self.seconds = int(checkpoint["steps"]), float(checkpoint["seconds"])
+            self.history = list(checkpoint["history"])
+            set_random_state(checkpoint["random"], self.device)
 
 
 def resize(images, size):
     """Images (N, 1, H, W) in [0, 1] at `size` pixels, smoothed where they shrink."""
-    if images.shape[-1] == size:
-        return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+def train(training, args, settings, images, labels):
+    """Train to the end of the last epoch, on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64.
+
+    Writes checkpoint.pt and history.csv each minute and epoch. Raises Failure for infinite weights.
+    """
+    generator, critic, average = training.generator, training.critic, training.average
+    kind, bf16 = images.device.type, args.precision == "bf16"
+    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
+    per_epoch = len(images) // args.batch_size
+    total = args.epochs * per_epoch
+    began, saved, order = time.time() - training.seconds, time.time(), None
+    steps = range(training.steps * args.critic_steps, total * args.critic_steps)
+    bar = common.progress(steps, "AC-WGAN-GP", steps.stop, initial=steps.start)
+    for critic_step in bar:
+        step, repeat = divmod(critic_step, args.critic_steps)
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or order is None:  # each epoch has its seed, for a run resumed within it
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), generator=rng).to(images.device)
+        batch = order[i * args.batch_size :][: args.batch_size]
+        real, y = resize(images[batch], args.image_size), labels[batch]
+        remaining = 1 - step / total if args.decay == "linear" else 1
+        training.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
+        training.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
+
+        # the digits of a batch's last critic step train the generator, too, which needs their graph
+        last = repeat == args.critic_steps - 1
+        z = torch.randn(len(real), args.latent, device=images.device)
+        with autocast(), torch.set_grad_enabled(last):
+            fake = generator(z, y).float()
+        with autocast():
+            fixed = fake.detach()
+            loss, losses = critic_loss(critic, real, y, fixed, args.penalty, args.penalty_share)
+        training.critic_adam.zero_grad()
+        loss.backward()
+        training.critic_adam.step()
+        if not last:
+            continue
+
+        critic.requires_grad_(False)
+        with autocast():
+            losses["generator"] = generator_loss(critic, fake, y)
+        training.generator_adam.zero_grad()
+        losses["generator"].backward()
+        training.generator_adam.step()
+        critic.requires_grad_(True)
+        training.steps += 1
+        # a short average at first: a long one would keep the noise of the untrained generator
+        decay = min(args.average, 1 - 8 / (training.steps + 8))
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), generator.parameters(), strict=True):
+                mean.lerp_(weight, 1 - decay)
+            for mean, value in zip(average.buffers(), generator.buffers(), strict=True):
+                mean.copy_(value)
+        training.seconds = time.time() - began
+        if training.steps % 50 == 1:
+            losses = {name: value.item() for name, value in losses.items()}
+            bar.set_postfix(losses, refresh=False)
+            training.history.append({"step": step + 1, "seconds": training.seconds, **losses})
+        if training.steps % per_epoch == 0 or time.time() - saved > SAVE_EVERY:
+            if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
+                raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
+            training.save(args.out / "checkpoint.pt", settings)
+            common.write_history(args.out / "history.csv", training.history)
+            saved = time.time()
 
 
 @torch.no_grad()
 def generate(generator, labels, seed):
     """Images (N, 1, 28, 28) in [0, 1], rounded as an 8-bit file holds them, for labels (N,) int64.
 
-    The latent numbers depend on `seed` and N alone, on every device: two generators can be shown the same ones.
+    Their latent numbers depend on `seed` and N alone: two generators can be given the same ones.
     """
-    latent = torch.randn(len(labels), generator.latent, generator=torch.Generator().manual_seed(seed))
-    drawn = [generator(z.to(labels.device), y) for z, y in zip(latent.split(1000), labels.split(1000), strict=True)]
-    return (resize(torch.cat(drawn), 28) * 255).round() / 255
+    rng = torch.Generator().manual_seed(seed)
+    latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
+    parts = zip(latent.split(1000), labels.split(1000), strict=True)
+    images = torch.cat([generator(z, y) for z, y in parts])
+    return (resize(images, 28) * 255).round() / 255
 
 
-def held_out(n):
-    """How many of `n` training images, the last ones, the reader does not learn from: the floor needs fresh ones."""
-    return min(10_000, n // 6)
+def train_classifier(network, images, labels, seed, epochs=3, shift=2, smoothing=0.05, attack=None):
+    """Train on digits moved by up to `shift` pixels; adversarially where an `attack` is given.
 
-
-def kept_classifier(path, kind, network, fit):
-    """`network` with the weights kept at `path` under `kind`, or trained by `fit(network)` and then kept there."""
-    if path.exists():
-        anew = "delete it and a new one is trained"
-        try:
-            network.load_state_dict(common.load_checkpoint(path, kind, anew)["network"])
-        except (KeyError, TypeError, AttributeError, RuntimeError):
-            raise common.Failure(f"{path} does not fit this version; {anew}") from None
-    else:
-        fit(network)
-        common.save_checkpoint(path, {"kind": kind, "network": network.state_dict()})
-    return network.eval().requires_grad_(False)
-
-
-def digit_reader(out, dataset, images, labels):
-    """The reader for these training images (N, 1, 28, 28): the one kept in `out`, or a new one, then kept there."""
-    kind = f"reader-{dataset}-{len(images)}"
-    gpus = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):  # the same reader beside every GAN, and the same GAN beside every reader
-        torch.manual_seed(1234)
-        reader = DigitReader().to(images.device)
-    rest = slice(-held_out(len(images)))
-    return kept_classifier(
-        out / f"{kind}.pt", kind, reader, lambda network: train_classifier(network, images[rest], labels[rest], 1234)
-    )
-
-
-def train_classifier(network, images, labels, seed, epochs=3, rate=4e-3, shift=2, smoothing=0.05, attack=None):
-    """Train on digits moved by up to `shift` pixels, with a one-cycle step size (Smith & Topin 2018).
-
-    `attack(network, images, labels)`, if given, makes the images to train on: adversarial training.
+    Images (N, 1, 28, 28) in [0, 1], labels (N,) int64; few images get more epochs. One-cycle step
+    size (Smith & Topin 2018). attack(network, images, labels) -> the images to train on.
     """
     rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
     epochs = max(epochs, 300 * batch // len(images))
-    orders = [torch.randperm(len(images), generator=rng)[: len(images) // batch * batch] for _ in range(epochs)]
-    batches = torch.cat(orders).split(batch)
-    adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=images.device.type != "mps")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, len(batches), pct_start=0.2)
-    for order in tqdm(batches, type(network).__name__, unit="step", disable=None):
-        order, (dx, dy) = order.to(images.device), torch.randint(2 * shift + 1, (2,), generator=rng)
+    used = len(images) // batch * batch
+    orders = [torch.randperm(len(images), generator=rng)[:used] for _ in range(epochs)]
+    orders = torch.cat(orders).to(images.device).split(batch)
+    adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, len(orders), pct_start=0.2)
+    bf16 = common.has_bf16(images.device)
+    for order in common.progress(orders, type(network).__name__, unit="step"):
+        dx, dy = torch.randint(2 * shift + 1, (2,), generator=rng)
         moved = F.pad(images[order], (shift,) * 4)[:, :, dy : dy + 28, dx : dx + 28]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=common.has_bf16(images.device)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             if attack:
                 moved = attack(network, moved, labels[order])
             logits = network(moved)
@@ -393,11 +351,45 @@ def train_classifier(network, images, labels, seed, epochs=3, rate=4e-3, shift=2
         schedule.step()
 
 
+def kept_classifier(path, settings, network, fit):
+    """`network` with the weights kept at `path`, or trained by `fit(network)` and then kept there.
+
+    `settings`: plain values, all that makes the weights (data, seed, epochs, ...); where the file's
+    are others, `fit` trains anew. Raises Failure for a file that can't be read.
+    """
+    advice = "delete it, and a new one is trained"
+    kept = common.load_checkpoint(path, "classifier", advice) if path.exists() else {}
+    if kept.get("settings") == settings:
+        with common.advise(path, advice):
+            network.load_state_dict(kept["network"])
+    else:
+        fit(network)
+        kept = {"kind": "classifier", "settings": settings, "network": network.state_dict()}
+        common.save_checkpoint(path, kept)
+    return network.eval().requires_grad_(False)
+
+
+def learnt(n):
+    """How many of `n` training images, the first, the reader learns; the floor needs others."""
+    return n - min(10_000, n // 6)
+
+
+def digit_reader(out, dataset, images, labels):
+    """The reader for these training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt."""
+    n = learnt(len(images))
+    # the same reader beside every GAN, and the same GAN beside every reader
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(READER["seed"])
+        reader = DigitReader().to(images.device)
+    fit = functools.partial(train_classifier, images=images[:n], labels=labels[:n], **READER)
+    settings = {"network": "DigitReader", "dataset": dataset, "images": n, **READER}
+    return kept_classifier(out / "reader.pt", settings, reader, fit)
+
+
 @torch.no_grad()
-def read(reader, images):
-    """The reader's features (N, 64), float64 in NumPy, and the labels it reads, (N,) int64."""
-    features = torch.cat([reader.features(part) for part in images.split(1000)])
-    return features.cpu().double().numpy(), reader.head(features).argmax(1)
+def predict(network, images):
+    """What a network answers to images (N, 1, 28, 28), a thousand at a time: logits or features."""
+    return torch.cat([network(part) for part in images.split(1000)])
 
 
 def moments(features):
@@ -405,153 +397,81 @@ def moments(features):
     return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False)
 
 
-def measure(training, reader, images, labels, test_images, test_labels):
-    """Print and return the numbers of the report, and the samples (N, 1, 28, 28) they are about, classes equally often.
+def reader_distance(reader, images, test_images):
+    """Frechet distance of images (N, 1, 28, 28) to the test images, in the reader's features.
 
-    The Frechet distance is taken on a second set, whose classes are those of training images that the reader has not
-    learnt from; its floor is that of these images themselves: the two differ in what was drawn and in nothing else.
-    (That of the first set, whose classes are in other shares than in the test images, is recorded too.)
+    The one distance of weeks 1 and 2; it is not FID. Week 2's samples have classes equally often:
+    week 1 records theirs as reader_frechet_distance_equal_classes.
     """
-    n, seed = training.args.samples, training.args.seed
-    asked = torch.arange(n, device=images.device) % CLASSES
-    unread = slice(-held_out(len(images)), None)
-    real_images, real_labels = images[unread][:n], labels[unread][:n]
-    samples, natural = (generate(training.average, y, seed) for y in (asked, real_labels))
-    features, answers = read(reader, samples)
-    test_features, test_answers = read(reader, test_images)
-    drawn, real = read(reader, natural)[0], read(reader, real_images)[0]
-    equal, distance, floor = (
-        common.frechet_distance(*moments(x), *moments(test_features)) for x in (features, drawn, real)
-    )
+    features = [predict(reader.features, x).cpu().double().numpy() for x in (images, test_images)]
+    return common.frechet_distance(*moments(features[0]), *moments(features[1]))
 
-    k, rng = min(1000, n, len(test_images)), torch.Generator(images.device).manual_seed(0)
-    test, fake = (resize(x[:k], training.args.image_size) for x in (test_images, samples))
-    norm = gradient_norms(training.critic, test, fake, rng).mean().item()
-    with torch.no_grad():
-        wasserstein = (training.critic(test)[0].mean() - training.critic(fake)[0].mean()).item()
-    numbers = {
-        "step": training.steps,
-        "training_seconds": round(training.seconds, 1),
-        "reader_right_on_test_images": common.wilson((test_answers == test_labels).sum().item(), len(test_labels)),
-        "asked_class_read": common.wilson((answers == asked).sum().item(), n),
+
+def inception_fid(weights, images, test_images):
+    """FID of images (N, 1, 28, 28) to the test images; compare it with those of equal N only."""
+    features = [common.inception_features(x, weights, x.device) for x in (images, test_images)]
+    fid = common.frechet_distance(*moments(features[0]), *moments(features[1]))
+    return {"fid": fid, "fid_n": len(images), "fid_features": f"2,048 of {weights.name}"}
+
+
+def measure(training, args, reader, images, labels, test_images, test_labels):
+    """The numbers of the report, and the samples (N, 1, 28, 28) that they are about.
+
+    Samples have classes equally often. The headline Frechet distance is that of a second set, with
+    the classes of real images that the reader has not learnt; its floor is that of these images.
+    """
+    n, first = args.samples, learnt(len(images))
+    asked = torch.arange(n, device=images.device) % CLASSES
+    real_images, real_labels = images[first:][:n], labels[first:][:n]
+    samples = generate(training.average, asked, args.seed)
+    natural = generate(training.average, real_labels, args.seed)
+    distance = reader_distance(reader, natural, test_images)
+    floor = reader_distance(reader, real_images, test_images)
+    right = predict(reader, test_images).argmax(1) == test_labels
+    hits = predict(reader, samples).argmax(1) == asked
+    k, rng = min(1000, n), torch.Generator(images.device).manual_seed(0)
+    test, fake = (resize(x[:k], args.image_size) for x in (test_images, samples))
+    norms = gradient_norms(training.critic, test, fake, rng)
+    return samples, {
+        "steps": training.steps,
+        "training_seconds": training.seconds,
+        "steps_per_second": training.steps / training.seconds,
+        "gradient_norm_on_interpolates": norms.mean().item(),
+        "reader_right_on_test_images": common.wilson(right.sum(), len(right)),
+        "asked_class_read": common.wilson(hits.sum(), n),
         "reader_frechet_distance": distance,
         "reader_frechet_distance_floor": floor,
         "reader_frechet_distance_over_floor": distance / floor,
-        "reader_frechet_distance_n": [len(drawn), len(test_features)],
-        "reader_frechet_distance_equal_classes": equal,
-        "gradient_norm_on_interpolates": norm,
-        "wasserstein_estimate": wasserstein,
+        "reader_frechet_distance_n": len(natural),
+        "reader_frechet_distance_equal_classes": reader_distance(reader, samples, test_images),
     }
-    tqdm.write(
-        f"step {training.steps:,}, {training.seconds:,.0f} s: the class asked for is read from "
-        f"{common.percent(numbers['asked_class_read'])} samples (the reader is right on "
-        f"{common.percent(numbers['reader_right_on_test_images'])} test images)\n"
-        f"    Frechet distance to the test images, in the reader's features: {distance:.3f}, {distance / floor:.2f}x "
-        f"that of real training images (n = {len(drawn):,})\n"
-        f"    critic: Wasserstein estimate {wasserstein:.3f}, gradient norm on interpolates {norm:.3f}"
-    )
-    return numbers, samples, asked
 
 
-def inception_fid(weights, samples, test_images, dataset, out):
-    """FID of samples (N, 1, 28, 28) against the test images; the test images' moments are computed once, kept in `out`.
-
-    FID falls as N grows, most where N is below a few thousand: compare numbers of equal N only.
-    """
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    kept = out / f"inception-{digest}-{dataset}-test-{len(test_images)}.npz"
-    if kept.exists():
-        try:
-            with np.load(kept) as file:
-                reference = file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)
-        except Exception:  # NumPy, like torch, has no one exception for a file that is not what it should be
-            raise common.Failure(f"{kept} is damaged; delete it, and it is computed again") from None
-    else:
-        reference = moments(common.inception_features(test_images, weights, test_images.device))
-        common.write_whole(kept, lambda file: np.savez(file, mu=reference[0], sigma=reference[1]))
-    fid = common.frechet_distance(*moments(common.inception_features(samples, weights, samples.device)), *reference)
-    features = f"2,048 Inception features of {weights.name}"
-    if digest not in common.INCEPTION:
-        features += f" (NOT the published file, its SHA-256 begins {digest}: no FID to compare)"
-    print(f"FID {fid:.3f}: {len(samples):,} samples against {dataset}'s {len(test_images):,} test images, {features}")
-    return {"fid": fid, "n": len(samples), "reference": f"{dataset} test, {len(test_images)}", "features": features}
+def save_samples(path, images, labels):
+    """Write images (N, 1, 28, 28) in [0, 1] as uint8 (N, 28, 28), and labels (N,) int64."""
+    pixels = (images[:, 0] * 255).round().byte().cpu().numpy()
+    arrays = {"images": pixels, "labels": labels.cpu().numpy()}
+    common.write_file(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+def save_grid(path, images, columns):
+    """Write a page of digits (N, 1, 28, 28) in [0, 1], each pixel three wide, as PNG."""
+    large = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
+    common.write_file(path, lambda file: torchvision.utils.save_image(page, file, "png"))
 
 
-def figure(samples, asked, images, labels):
-    """The log's figure: 4x8 generated digits above 4x8 real ones of the same classes, each with its class."""
-    cell, rows, columns, title = 76, 4, 8, 30
-    page = Image.new("L", (columns * cell + 8, 2 * (rows * cell + title)))
-    ink, font = ImageDraw.Draw(page), ImageFont.load_default
-    for top, name, digits, classes in ((0, "generated", samples, asked), (page.height // 2, "real", images, labels)):
-        ink.text((8, top + 5), name, 255, font(18))
-        pools = [iter(digits[classes == c, 0].cpu()) for c in range(CLASSES)]
-        for i in range(rows * columns):
-            x, y = 8 + i % columns * cell, top + title + i // columns * cell
-            ink.text((x, y), str(i % CLASSES), 160, font(13))
-            if (digit := next(pools[i % CLASSES], None)) is not None:
-                image = Image.fromarray((digit * 255).round().byte().numpy())
-                page.paste(image.resize((56, 56), Image.NEAREST), (x + 10, y))
-    return page
-
-
-def benchmark(args, images, labels):
-    """Time a training step as it is and without each speed-up, in turns; print and record the seconds per step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def variant(activation=leaky_relu, layout=torch.channels_last, fused=True, **flags):
-        training = Training(type(args)(**vars(args) | flags), images.device, args.dataset, len(images))
-        training.critic.activation = activation
-        training.generator.to(memory_format=layout)
-        training.critic.to(memory_format=layout)
-        for adam in (training.generator_adam, training.critic_adam):
-            adam.param_groups[0]["fused"] &= fused
-        return training
-
-    without = {
-        "in float32": {"precision": "fp32"},
-        "penalty on the whole batch": {"penalty_share": 1.0},
-        "torch's leaky_relu": {"activation": lambda x: F.leaky_relu(x, 0.2)},
-        "not channels-last": {"layout": torch.contiguous_format},
-        "Adam not fused": {"fused": False},
-    }
-    without["none of these speed-ups"] = {name: value for flags in without.values() for name, value in flags.items()}
-    variants = {"as it is": variant()} | {name: variant(**flags) for name, flags in without.items()}
-    ours = variants["as it is"]
-    dtype = torch.bfloat16 if ours.precision == "bf16" else torch.float32
-    matrix = torch.ones(1024, 1024, device=images.device, dtype=dtype)
-    n, times = args.batch_size, {name: [] for name in ("its batch's preparation", *variants, "matrix product")}
-
-    def timed(name, work):
-        begin = time.perf_counter()
-        result = work()
-        result.flatten()[0].item()  # on a GPU: wait for it
-        times[name].append(time.perf_counter() - begin)
-        return result
-
-    for _ in tqdm(range(60), unit="turn", disable=None):
-        batch = torch.randint(len(images), (n,), device=images.device)
-        real = timed("its batch's preparation", lambda batch=batch: resize(images[batch], args.image_size))
-        for name, training in variants.items():
-            timed(name, lambda t=training, x=real, y=labels[batch]: t.step(x, y)["generator"])
-        timed("matrix product", lambda: matrix @ matrix)
-    median = {name: float(np.median(seconds[10:])) for name, seconds in times.items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ours.critic(real)
-        score = counter.get_total_flops()
-        ours.generator(torch.randn(n, args.latent, device=images.device), labels[batch])
-        draw = counter.get_total_flops() - score
-    # backward costs a forward for the inputs and one for the weights; the penalty goes forward and back, both twice
-    flop = args.critic_steps * (6 * score + 4 * score * args.penalty_share + draw) + 2 * draw + 2 * score
-    reached, peak = flop / median["as it is"] / 1e9, 2 * 1024**3 / median.pop("matrix product") / 1e9
-    for name, seconds in median.items():
-        print(f"{name:28}{seconds * 1e3:8.2f} ms {seconds / median['as it is']:6.2f} of a step as it is")
-    print(f"{flop / 1e9:.1f} GFLOP a step, {reached:.0f} GFLOP/s: {reached / peak:.0%} of a {dtype} matrix product")
-    return common.write_results(
-        args, {"seconds_per_step": median, "gflop_per_step": flop / 1e9, "share_of_peak": reached / peak}
-    )
+def draw(args, device):
+    """--sample: draw digits with the averaged generator of the checkpoint in --out."""
+    path, training = args.out / "checkpoint.pt", Training(args, device)
+    training.load(path, common.load_checkpoint(path, "acwgan", ANEW))
+    labels = torch.arange(args.sample, device=device) % CLASSES
+    if args.digit is not None:
+        labels = torch.full_like(labels, args.digit)
+    images = generate(training.average, labels, args.seed)
+    save_samples(args.out / "drawn.npz", images, labels)
+    save_grid(args.out / "drawn.png", images[:1000], 20)
+    return images
 
 
 def main(argv=None):
@@ -559,42 +479,41 @@ def main(argv=None):
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
+    if args.sample:
+        return draw(args, device)
     dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
-    if len(images) < args.batch_size:
-        raise common.Misuse(f"--batch-size {args.batch_size} is more than the {len(images)} training images")
-    if args.benchmark:
-        return benchmark(args, images.to(device), labels.to(device))
-    training = Training(args, device, dataset, len(images))
-    if args.resume:
-        training.load(args.out / "checkpoint.pt")
+    least = max(args.batch_size, 12)  # a sixth of 12 is held out, and a covariance needs two
+    if len(images) < least:
+        text = f"{len(images)} images; --batch-size {args.batch_size} needs {least}, see --limit"
+        raise common.Failure(text, 2)
+    facts = {"dataset": dataset, "dataset_size": len(images)}
+    kept = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
+    kept |= {"data": str(args.data), **facts}
+    shaping = {name: value for name, value in kept.items() if name not in MAY_DIFFER}
+    path = args.out / "checkpoint.pt"
+    checkpoint = common.starting_point(path, "acwgan", shaping, args)
+    training = Training(args, device)
+    if checkpoint:
+        training.load(path, checkpoint)
     weights = args.data / common.INCEPTION
     if args.inception:
-        common.inception_weights(args.data)
-    if weights.exists():
-        common.inception_network(weights)  # a damaged file is told of now, not after the training
+        common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+        common.inception_network(weights)  # a damaged file is reported before the training
     _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, test_images, test_labels))
-
+    tensors = [x.to(device) for x in (images, labels, test_images, test_labels)]
+    images, labels, test_images, test_labels = tensors
     reader = digit_reader(args.out, dataset, images, labels)
-
-    def evaluate():
-        return measure(training, reader, images, labels, test_images, test_labels)
-
-    train(training, images, labels, evaluate)
-    numbers, samples, asked = evaluate()
-    pixels, asked_for = (samples[:, 0] * 255).round().byte().cpu().numpy(), asked.cpu().numpy()
-    common.write_whole(
-        args.out / "samples.npz", lambda file: np.savez_compressed(file, images=pixels, labels=asked_for)
-    )
-    page = figure(samples, asked, test_images, test_labels)
-    common.write_whole(args.out / "AC-WGAN_GP.png", lambda file: page.save(file, "png", optimize=True))
-    if weights.exists():
-        numbers["inception"] = inception_fid(weights, samples, test_images, dataset, args.out)
-    else:
-        print(f"Inception FID is not reported: there is no {weights} (--inception downloads it)")
-    print(f"{args.out} holds checkpoint.pt, samples.npz, AC-WGAN_GP.png and results.json")
-    facts = {"dataset": dataset, "dataset_size": len(images), "device": str(device)}
-    return common.write_results(args, numbers | {"history": training.history}, **facts, precision=training.precision)
+    train(training, args, kept, images, labels)
+    samples, numbers = measure(training, args, reader, *tensors)
+    if args.inception:
+        numbers |= inception_fid(weights, samples, test_images)
+    common.print_table(("week 1", dataset), numbers.items())
+    save_samples(args.out / "samples.npz", samples, torch.arange(len(samples)) % CLASSES)
+    blank = torch.full_like(samples[:8], 0.3)
+    real = [test_images[test_labels == digit][:4] for digit in range(CLASSES)]
+    page = torch.cat([samples[:32], blank, torch.stack(real, 1).flatten(0, 1)[:32]])
+    save_grid(args.out / "AC-WGAN_GP.png", page, 8)
+    return common.write_results(args, numbers, **facts, device=str(device))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,37 @@
-"""Weeks 3 to 5: the multi-label classifier that the log attacked, TResNet trained with the asymmetric loss (ASL).
+"""Weeks 3 to 5: the multi-label classifier that the log attacked.
 
-TResNet (Ridnik et al. 2020, arXiv 2003.13630) in plain PyTorch: the files published with ASL (Ben-Baruch et al. 2020,
-arXiv 2009.14119; github.com/Alibaba-MIIL/ASL) load as they are, and give the original's logits without inplace_abn and
-without CUDA. Two things go wrong silently elsewhere: the scale of an InPlace-ABN is |gamma| + eps, not gamma, and the
-published networks take pixels in [0, 1], without mean and std, of photos squashed to a square, not cropped.
+A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
+et al. 2020, arXiv 2009.14119; github.com/Alibaba-MIIL/ASL). The files published with ASL give their
+logits here, without inplace_abn and CUDA. Two things go wrong silently elsewhere: the scale of an
+InPlace-ABN is |gamma| + eps, not gamma, and these networks take photos squashed to a square, not
+cropped, of pixels in [0, 1], without mean and std. `inplace_abn_1_0_12` rebuilds the wrong gradient
+of the package that the ASL repository pinned, the likely cause of what the log saw.
 
-    python asl_model.py --image photo.jpg                 the labels present, by the published TResNet-M
-    python asl_model.py --evaluate --dataset coco         mAP, precision, recall and F1
-    python asl_model.py --train --dataset scenes          a classifier of small scenes, from nothing, in minutes
-    python asl_model.py --train --dataset coco            a TResNet-M on the COCO photos in --data
-    python asl_model.py --train --dataset coco --resume   goes on where that run was stopped
+    python asl_model.py --image photo.jpg             the labels present, by the published TResNet-M
+    python asl_model.py --evaluate --dataset coco     mAP, precision and recall
+    python asl_model.py --train --dataset scenes      a classifier of small scenes, in minutes
+    python asl_model.py --train --dataset coco        a TResNet-M on photos, from nothing
+    python asl_model.py --resume                      continue a training that was stopped
 
-Writes into --out: results.json; with --image <name>-labels.png; with --train checkpoint.pt and, at the end, the best
-network, <arch>-<dataset>.pth, which --weights takes (until then <arch>-<dataset>.best is the best so far).
+Writes into --out: results.json; with --train checkpoint.pt, history.csv (loss and mAP) and, at the
+end, the best network, <arch>-<dataset>.pth, which --weights takes.
 """
 
+import argparse
+import copy
+import difflib
+import math
+import os
+import time
 from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, StackDataset
+from torchvision.transforms import RandAugment
 
 import common
 
@@ -26,81 +42,97 @@ ARCHITECTURES = {
     "tresnet_l": ((4, 5, 18, 3), 1.2, 448),
     "tresnet_xl": ((4, 5, 24, 3), 1.3, 640),
 }
-# what --train takes unless told otherwise; for scenes an epoch is 10,000 of them, new ones every time
+# what --train takes unless told otherwise
+TRAINING = ("arch", "epochs", "batch_size", "lr", "augment")
 DEFAULTS = {
-    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3},
-    "coco": {"arch": "tresnet_m", "epochs": 40, "batch_size": 16, "lr": 1e-3},
+    "scenes": ("tresnet_s", 13, 64, 5e-3, False),
+    "coco": ("tresnet_m", 60, 16, 1e-3, True),
 }
+# a checkpoint is resumed with equal ones only
+SHAPING = (*TRAINING, "dataset", "digits", "split", "limit", "image_size", "seed")
+GAMMA_POS = {"scenes": 1, "coco": 0}  # ASL's focusing of the positives; coco's as in the log
+AVERAGE = 0.99  # decay per step of the averaged network [0.9997 in the ASL repository]
+EPOCH = 10_000  # scenes, new ones in every epoch
+FIT_IN_MEMORY = 1000  # photos, which are then decoded once, not in every epoch
+SAVE_EVERY = 60  # seconds between checkpoints
+ANEW = "train anew with --force, or choose another --out"
 
 
 def settings(argv=None):
-    """The flags. The ASL repository's value is in brackets, where it is another."""
+    """The flags [the ASL repository's value]; --resume takes the defaults from the checkpoint."""
 
     def default(name):
-        return f"; None: {DEFAULTS['scenes'][name]} for scenes, {DEFAULTS['coco'][name]} for coco"
+        scenes, coco = (DEFAULTS[dataset][TRAINING.index(name)] for dataset in ("scenes", "coco"))
+        return f"(otherwise {scenes} for scenes, {coco} for coco)"
 
-    p = common.parser(__doc__, "asl_model", "coco", tuple(DEFAULTS), "of images and labels")
+    out, limit = Path("runs/asl_model"), "use only the first N photos, or N scenes in an epoch"
+    p = common.parser(__doc__, out, "coco", tuple(DEFAULTS), "images and labels", limit, True)
     add, whole, positive = p.add_argument, common.whole, common.positive
-    mode = p.add_mutually_exclusive_group(required=True)
+    mode = p.add_mutually_exclusive_group()
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
-    mode.add_argument("--train", action="store_true", help="train on --dataset (coco: train2017, or without its "
-        "annotations val2017, and measured on the same photos)")  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="None: the published ones; for scenes and --train: none")
-    add("--arch", choices=ARCHITECTURES, help="None: what --weights holds; without --weights" + default("arch")[6:])
-    add("--image-size", type=whole(32, 4096), metavar="PIXELS", help="side of the square; None: as the weights are for")
-    add("--threshold", type=positive, default=0.5, help="a label is present above this probability [0.8]")
-    add("--labels", nargs="+", default=[], metavar="NAME", help="with --image: say these labels' probabilities, too")
-    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="what scenes are made of")
-    add("--epochs", type=whole(1), help="passes over the training images" + default("epochs"))
-    add("--batch-size", type=whole(2), help="images per step [128]" + default("batch_size"))
-    add("--lr", type=positive, help="Adam's largest step size [1e-4]" + default("lr"))
-    add("--gamma-neg", type=float, default=4.0, help="ASL: focusing of the negatives")
-    add("--gamma-pos", type=float, default=1.0, help="ASL: focusing of the positives [0]")
-    add("--clip", type=float, default=0.05, help="ASL: probability below which a negative is forgotten")
-    add("--average", type=float, default=0.99, help="decay per step of the averaged network [0.9997]")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    mode.add_argument("--train", action="store_true", help="train on --dataset, from nothing")
+    weights = "for --image and --evaluate (otherwise published ones; for scenes, trained now)"
+    add("--weights", type=Path, metavar="FILE", help=weights)
+    arch = f"network of the published weights, or to train {default('arch')}"
+    add("--arch", choices=ARCHITECTURES, help=arch)
+    size = "side of the square (otherwise as the weights are for)"
+    add("--image-size", type=whole(32), metavar="PIXELS", help=size)
+    add("--threshold", type=positive, default=0.5, help="a label is present above this [0.8]")
+    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
+    split = "photos of coco (otherwise train2017 for --train, and val2017)"
+    add("--split", choices=("val2017", "train2017"), help=split)
+    add("--epochs", type=whole(1), help=f"passes over the images {default('epochs')}")
+    add("--batch-size", type=whole(2), help=f"images per step [128] {default('batch_size')}")
+    add("--lr", type=positive, help=f"Adam's largest step size [1e-4] {default('lr')}")
+    augment = f"train on photos through Cutout and RandAugment {default('augment')}"
+    add("--augment", action=argparse.BooleanOptionalAction, help=augment)
     args = p.parse_args(argv)
-    if not (args.threshold < 1 and 0 <= args.clip < 1 and 0 <= args.average < 1):
-        p.error("--threshold, --clip and --average must lie below 1, the last two not below 0")
-    if not (0 <= args.gamma_neg < 100 and 0 <= args.gamma_pos < 100):
-        p.error("--gamma-neg and --gamma-pos must lie in [0, 100)")
-    if (args.image_size or 4) % 4:
-        p.error("--image-size must be a multiple of 4")
-    if (args.resume and not args.train) or (args.labels and not args.image):
-        p.error("--resume goes with --train, --labels with --image")
+    path = args.out / "checkpoint.pt"
+    if args.resume and not path.exists():
+        p.error(f"there is no {path}; train first, or name its folder with --out")
+    if args.resume:
+        with common.advise(path, ANEW):
+            checkpoint = common.load_checkpoint(path, "asl_model", ANEW)
+            p.set_defaults(train=True, data=checkpoint["data"], **checkpoint["settings"])
+        args = p.parse_args(argv)
+
+    if [bool(args.image), args.evaluate, args.train].count(True) != 1:
+        p.error("one of --image, --evaluate and --train is required")
+    if args.train and args.weights:
+        p.error("--weights goes with --image or --evaluate")
+    if args.dataset == "scenes" and (args.split or args.augment):
+        p.error("--split and --augment go with --dataset coco")
+    files = PUBLISHED if args.dataset == "coco" else ()
+    if args.arch and not (args.train or args.weights or args.arch in files):
+        p.error(f"there are no published weights of {args.arch}; name a file with --weights")
+    for name, value in zip(TRAINING, DEFAULTS[args.dataset], strict=True):
+        if getattr(args, name) is None and (args.train or name != "arch"):
+            setattr(args, name, value)
+    if args.train and args.image_size is None:
+        args.image_size = ARCHITECTURES[args.arch][2]
+    if args.threshold >= 1 or (args.image_size or 4) % 4:
+        p.error("--threshold must lie below 1, --image-size must be a multiple of 4")
+    if args.dataset == "coco" and args.split is None:
+        args.split = "train2017" if args.train else "val2017"
+    if args.dataset == "scenes" and args.digits == "auto":
+        args.digits = common.load_digits("auto", args.data, True, 1)[0]
     return args
 
 
-if __name__ == "__main__":
-    common.before_torch(settings)
-
-import copy
-import difflib
-import math
-import os
-import time
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torch.utils.data import DataLoader, StackDataset
-from tqdm import tqdm
-
-# ------------------------------------------------------------------------------------------------------------- network
+# --- network
 
 
 class NormAct(nn.Module):
-    """Batch norm, then leaky ReLU of the given slope (1: none): InPlace-ABN's parameters, without its batch counter."""
+    """Batch norm, then leaky ReLU of the given slope (1: none), with InPlace-ABN's parameters."""
 
-    eps = 1e-5  # InPlace-ABN's, too
+    eps = 1e-5  # InPlace-ABN's
 
     def __init__(self, channels, slope):
         super().__init__()
         self.slope = slope
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
@@ -127,22 +159,15 @@ class ConvNorm(nn.Sequential):
         self[1] = nn.Identity() if norm.slope == 1 else nn.LeakyReLU(norm.slope, inplace=True)
 
 
-class SpaceToDepth(nn.Module):
-    """(N, C, H, W) -> (N, 16 C, H / 4, W / 4), a pixel's channels side by side: the stem, channels-last by itself."""
-
-    def forward(self, x):
-        n, c, h, w = x.shape
-        patches = x.reshape(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(n, h // 4, w // 4, 16 * c).permute(0, 3, 1, 2)
-
-
 class BlurPool(nn.Module):
     """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486).
 
-    As two means of 2x2, because a depthwise convolution's backward pass in bfloat16 took half of a CPU's training step.
+    On CUDA, the backward pass of reflect padding adds up in no fixed order: there, the same seed
+    gives the same training only up to rounding.
     """
 
     def forward(self, x):
+        # two means of 2x2, as a depthwise convolution's backward pass is slow on a CPU
         return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 2, 1), 2)
 
 
@@ -151,55 +176,44 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x):
-        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
-
-
-class Block(nn.Module):
-    """What both kinds share: the shortcut, averaged before it is projected where the block halves the image."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        pool = [nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)] if stride == 2 else []
-        self.downsample = nn.Sequential(*pool, ConvNorm(c_in, c_out, 1)) if pool or c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        return (self.residual(x) + self.downsample(x)).relu_()
+        hidden = self.fc1(x.mean((2, 3), keepdim=True)).relu()
+        return x * self.fc2(hidden).sigmoid()
 
 
 def strided(conv, stride):
     return nn.Sequential(conv, BlurPool()) if stride == 2 else conv
 
 
-class BasicBlock(Block):
-    expansion = 1
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions or, as a bottleneck, 1x1, 3x3 and 1x1."""
 
-    def __init__(self, c_in, planes, stride, excite):
-        super().__init__(c_in, planes, stride)
-        self.conv1 = strided(ConvNorm(c_in, planes, 3, 1e-3), stride)
-        self.conv2 = ConvNorm(planes, planes, 3)
-        self.se = SqueezeExcite(planes, max(planes // 4, 64)) if excite else nn.Identity()
-        nn.init.zeros_(self.conv2[1].weight)  # at first each block hands on what it gets
+    def __init__(self, c_in, planes, stride, excite, bottleneck):
+        super().__init__()
+        c_out = 4 * planes if bottleneck else planes
+        self.downsample = nn.Sequential()
+        if stride == 2:
+            self.downsample.append(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False))
+        if stride == 2 or c_in != c_out:
+            self.downsample.append(ConvNorm(c_in, c_out, 1))
+        if bottleneck:
+            self.conv1 = ConvNorm(c_in, planes, 1, 1e-3)
+            self.conv2 = strided(ConvNorm(planes, planes, 3, 1e-3), stride)
+        else:
+            self.conv1 = strided(ConvNorm(c_in, planes, 3, 1e-3), stride)
+            self.conv2 = ConvNorm(planes, planes, 3)
+        hidden = max(planes // (2 if bottleneck else 4), 64)
+        self.se = SqueezeExcite(planes, hidden) if excite else nn.Identity()
+        self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
+        last = self.conv3 if bottleneck else self.conv2
+        nn.init.zeros_(last[1].weight)  # at first each block hands on what it gets
 
-    def residual(self, x):
-        return self.se(self.conv2(self.conv1(x)))
-
-
-class Bottleneck(Block):
-    expansion = 4
-
-    def __init__(self, c_in, planes, stride, excite):
-        super().__init__(c_in, 4 * planes, stride)
-        self.conv1 = ConvNorm(c_in, planes, 1, 1e-3)
-        self.conv2 = strided(ConvNorm(planes, planes, 3, 1e-3), stride)
-        self.se = SqueezeExcite(planes, max(planes // 2, 64)) if excite else nn.Identity()
-        self.conv3 = ConvNorm(planes, 4 * planes, 1)
-        nn.init.zeros_(self.conv3[1].weight)
-
-    def residual(self, x):
-        return self.conv3(self.se(self.conv2(self.conv1(x))))
+    def forward(self, x):
+        residual = self.conv3(self.se(self.conv2(self.conv1(x))))
+        return (residual + self.downsample(x)).relu_()
 
 
 class TResNet(nn.Module):
@@ -207,17 +221,17 @@ class TResNet(nn.Module):
 
     def __init__(self, arch, num_classes):
         super().__init__()
+        blocks, width, self.image_size = ARCHITECTURES[arch]
         self.arch = arch
-        blocks, width, _ = ARCHITECTURES[arch]
         channels = planes = int(64 * width)
         self.body = nn.Sequential()
-        self.body.add_module("SpaceToDepth", SpaceToDepth())
         self.body.add_module("conv1", ConvNorm(48, planes, 3, 1e-2))
-        for stage, block in enumerate((BasicBlock, BasicBlock, Bottleneck, Bottleneck), 1):
+        for stage, depth in enumerate(blocks, 1):
             layer = nn.Sequential()
-            for i in range(blocks[stage - 1]):
-                layer.append(block(channels, planes, stride=2 if stage > 1 and i == 0 else 1, excite=stage < 4))
-                channels = planes * block.expansion
+            for i in range(depth):
+                stride = 2 if stage > 1 and i == 0 else 1
+                layer.append(Block(channels, planes, stride, stage < 4, bottleneck=stage > 2))
+                channels = 4 * planes if stage > 2 else planes
             self.body.add_module(f"layer{stage}", layer)
             planes *= 2
         self.head = nn.Sequential()
@@ -225,30 +239,77 @@ class TResNet(nn.Module):
         nn.init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
-        return self.head(self.body(images).mean((2, 3)))
+        # the stem: 4x4 pixels become one of 48 channels, those of a pixel side by side
+        x = F.pixel_unshuffle(images, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
+        x = self.body(x.contiguous(memory_format=torch.channels_last))
+        return self.head(x.mean((2, 3)))
 
 
 def tresnet(arch, num_classes=80):
-    """A new `TResNet`: "tresnet_m", "tresnet_l" or "tresnet_xl" as published, or "tresnet_s" for scenes of 64 pixels.
-
-    Names and shapes in its state dict are those of the ASL repository's files.
-    """
+    """A new `TResNet`: tresnet_m, _l or _xl as published, or tresnet_s for scenes of 64 pixels."""
     return TResNet(arch, num_classes)
 
 
 def fold(network):
-    """A copy for inference: normalisation folded into the convolutions, channels-last, no gradient for any weight.
+    """A copy of a `TResNet` for inference, each norm folded into its convolution, channels-last.
 
-    Equal logits; the gradient still flows to the images, which is what an attack needs.
+    Equal logits, and no gradient for any weight. It still flows to the images, for an attack.
     """
-    network = copy.deepcopy(network).eval()
+    device = next(network.parameters()).device
+    network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
     for module in list(network.modules()):
         if isinstance(module, ConvNorm):
             module.fold()
-    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+RELUS = {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
+
+
+class SkipActivations(torch.overrides.TorchFunctionMode):
+    """While active, leaky ReLUs, and ReLUs of a batch norm, are the identity in backward passes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        follows_norm = function in RELUS and getattr(args[0], "is_normalised", False)
+        if function is F.leaky_relu or follows_norm:
+            x = args[0]
+            y = function(x.detach().clone(), **kwargs)
+            return y + (x - x.detach())  # adds zero, of gradient 1
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            # not so after a sum in place: torchvision adds the shortcut into a batch norm's output
+            result.is_normalised = function is F.batch_norm
+        return result
+
+
+class PinnedInplaceAbn(nn.Module):
+    """A network that runs under `SkipActivations`."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        with SkipActivations():
+            return self.network(images)
+
+
+def inplace_abn_1_0_12(model):
+    """A copy of `model`, in eval mode, with its logits and the gradient of inplace_abn v1.0.12.
+
+    The ASL repository pinned that version. In eval mode its backward pass hands on `dy_act`, the
+    gradient behind the activation, where `dy`, the one before it, is meant: the leaky ReLU's
+    derivative is skipped. The forward pass and training are right, so only an attack notices.
+
+    `model`: a `TResNet`, folded or not, or any other network. Its leaky ReLUs (in TResNet-M the 36
+    of InPlace-ABN) and each ReLU that takes the very output of a batch norm get that gradient, as
+    if the package stood there. ReLUs behind a sum or in squeeze-and-excitation keep theirs.
+    """
+    return PinnedInplaceAbn(copy.deepcopy(model)).eval()
+
+
+# --- weights
 
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 PUBLISHED = {
@@ -260,133 +321,321 @@ PUBLISHED = {
 
 def published(arch, data_dir):
     """The path of the published COCO weights of `arch` in `data_dir`, downloaded if absent."""
-    if arch not in PUBLISHED:
-        raise common.Misuse(f"there are no published weights of {arch}; name a file with --weights")
-    path = Path(data_dir) / PUBLISHED[arch]
-    if not path.exists():
-        common.download(ZOO + path.name, path)
-    return path
+    return common.download(ZOO + PUBLISHED[arch], Path(data_dir) / PUBLISHED[arch])
 
 
 def inplace_abn_gammas(state):
-    """The state dict of an InPlace-ABN network as that of a batch norm network: each gamma becomes |gamma| + eps.
+    """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
 
-    InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so its scale must not
-    be zero: its kernels take |gamma| + eps wherever the paper has gamma, with the eps that stands beside the variance.
+    InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
+    its scale must not be zero: its kernels take |gamma| + eps wherever the paper has gamma, with
+    the eps that stands beside the variance.
     """
-    norms = {name.removesuffix("running_mean") + "weight" for name in state if name.endswith("running_mean")}
-    return {name: x.float().abs() + NormAct.eps if name in norms else x for name, x in state.items()}
+    moments = [name for name in state if name.endswith("running_mean")]
+    gammas = {name.removesuffix("running_mean") + "weight" for name in moments}
+    return {k: x.float().abs() + NormAct.eps if k in gammas else x for k, x in state.items()}
 
 
 def load_asl(path, arch=None, folded=True):
-    """(network, class names) of a file in the ASL repository's format: {"model" or "state_dict", "idx_to_class"}.
+    """(Network, class names) of a file as the ASL repository's: {"model", "idx_to_class"}.
 
-    `arch` None: whichever fits. `folded`: as `fold` returns it; False: with its norms, as `tresnet` does, in eval mode.
-    Names are in the order of the outputs; numbers, where the file has none. Raises Failure for a file that is absent,
-    damaged or hostile, and for other networks, naming the entries that differ.
+    `arch` None: by the first layer's width. `folded`: as `fold` returns it; otherwise with its
+    norms, in eval mode. Names are in the order of the outputs; numbers, where the file has none. A
+    state dict may also stand under "state_dict" or alone. Raises Failure for a file that is absent,
+    damaged, hostile or another network's.
     """
     advice = "name another file with --weights"
-    content = common.load_weights(path, advice)
-    state = content.get("model", content.get("state_dict", content))
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) and not x.is_sparse for x in state.values()):
-        raise common.Failure(f"{path} holds no state dict under 'model' or 'state_dict'; {advice}")
-    state = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
-    shapes = {name: tuple(x.shape) for name, x in state.items()}
-    classes = next(iter(shapes.get("head.fc.weight", ()) or (80,)))
-
-    def differences(arch):
-        with torch.device("meta"):
-            expected = {name: tuple(x.shape) for name, x in tresnet(arch, classes).state_dict().items()}
-        differ = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
-        return [f"{name} {shapes.get(name, 'absent')}, not {expected.get(name, 'there')}" for name in differ]
-
-    arch = arch or min(ARCHITECTURES, key=lambda arch: len(differences(arch)))
-    if differ := differences(arch):
-        entries = "; ".join(differ[:3]) + ("; ..." if differ[3:] else "")
-        raise common.Failure(f"{path} is no {arch}: {len(differ)} of its entries differ ({entries}); {advice}")
-    if not all(x.is_floating_point() and x.isfinite().all() for x in state.values()):
-        raise common.Failure(f"{path} holds weights that are not finite numbers; {advice}")
-    names = content.get("idx_to_class", dict(enumerate(map(str, range(classes)))))
-    try:
-        names = [{int(i): name for i, name in names.items()}[i] for i in range(classes)]
+    content = common.load_checkpoint(path, None, advice)
+    with common.advise(f"{path} is no {arch or 'TResNet'}", advice):
+        state = content.get("model", content.get("state_dict", content))
+        state = {k: x for k, x in state.items() if not k.endswith("num_batches_tracked")}
+        classes, stem = len(state["head.fc.weight"]), len(state["body.conv1.0.weight"])
+        widths = {int(64 * width): name for name, (_, width, _) in ARCHITECTURES.items()}
+        network = tresnet(arch or widths[stem], classes)
+        if not all(x.is_floating_point() and x.isfinite().all() for x in state.values()):
+            raise ValueError("its weights are not all finite numbers")
+        # our own files, marked, hold gammas that batch norm has trained, and may be negative
+        own = content.get("norm") == "batch norm"
+        network.load_state_dict(state if own else inplace_abn_gammas(state))
+        if own:
+            network.image_size = content["settings"]["image_size"]
+        names = content.get("idx_to_class", {i: str(i) for i in range(classes)})
+        names = {int(i): name for i, name in names.items()}
+        names = [names[i] for i in range(classes)]
         if len({name for name in names if name.isprintable()}) < classes:
-            raise ValueError
-    except (AttributeError, TypeError, ValueError, KeyError):
-        raise common.Failure(f"{path}: idx_to_class does not name each of the {classes} outputs; {advice}") from None
-    network = tresnet(arch, classes)
-    # our own files, marked, hold gammas that batch norm has trained, and may be negative
-    network.load_state_dict(state if content.get("norm") == "batch norm" else inplace_abn_gammas(state))
+            raise ValueError(f"idx_to_class must give {classes} different names")
     return fold(network) if folded else network.eval(), names
 
 
-def label_index(name, class_names, what="labels"):
-    """The place of `name` among `class_names`; raises Misuse, with the nearest names, if it is none of them."""
-    if name in class_names:
-        return class_names.index(name)
-    near = difflib.get_close_matches(name.lower(), class_names, 3, 0.4) or class_names[:3]
-    raise common.Misuse(f"{name!r} is none of the {len(class_names)} {what}; the nearest: {', '.join(near)}")
-
-
-def scenes_classifier(data_dir="data", out="runs/asl_model", device="cpu", digits="auto"):
-    """(network, class names) of the classifier of 64-pixel scenes: the one kept in `out`, or one trained now and kept.
-
-    Training by the default settings takes minutes on two CPU cores, and says so; one that was stopped is gone on with.
-    `digits`: what scenes are made of.
-    """
-    digits = common.load_digits(digits, data_dir, True, 1)[0]
-    path = Path(out) / f"tresnet_s-scenes-{digits}.pth"
-    if not path.exists():
-        print(f"there is no {path}: the classifier of scenes is trained first, minutes on two CPU cores")
-        flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir), "--out", str(out)]
-        flags += ["--device", torch.device(device).type]
-        resume = ["--resume"] if (Path(out) / "checkpoint.pt").exists() else []
-        try:
-            main(flags + resume)
-        except common.Stopped:
-            raise common.Stopped("stopped while the classifier of scenes was trained; run it again to go on") from None
-        except common.Failure:
-            if not resume:
-                raise
-            main(flags)  # what is there is another command's
-    network, class_names = load_asl(path, "tresnet_s")
-    return network.to(device), class_names
-
-
-# ---------------------------------------------------------------------------------------------------------------- loss
+def label_index(name, names, what="labels"):
+    """The place of `name` among `names`; Failure, with the nearest ones, if it is none of them."""
+    if name in names:
+        return names.index(name)
+    near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
+    text = f"{name[:50]!r} is none of the {len(names)} {what}; the nearest: {', '.join(near)}"
+    raise common.Failure(text, 2)
 
 
 class AsymmetricLoss(nn.Module):
-    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L) and targets (N, L) of 0 and 1 -> a scalar, the sum of
+    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> the sum of
 
         -(1 - p)^gamma_pos log(p) for positives, -q^gamma_neg log(1 - q) for negatives,
 
-    p = sigmoid(logit), q = max(p - clip, 0). `detach`: no gradient through the focal weights, as the ASL repository
-    trains. In logarithms, so that no logit is too large: the repository's 1e-8 inside them ends the gradient at 18.
+    a scalar; p = sigmoid(logit), q = max(p - clip, 0). In logarithms, so that no logit is too
+    large: the ASL repository's 1e-8 inside them ends the gradient at 18.
     """
 
-    def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05, detach=False):
+    def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
         super().__init__()
-        self.gamma_neg, self.gamma_pos, self.clip, self.detach = gamma_neg, gamma_pos, clip, detach
+        self.gamma_neg, self.gamma_pos = gamma_neg, gamma_pos
+        self.log_clip = math.log(clip) if clip else -math.inf
 
     def forward(self, logits, targets):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = targets.to(logits)
         log_p, log_1_p = F.logsigmoid(logits), F.logsigmoid(-logits)
         # log(1 - q) = log(min(1 - p + clip, 1))
-        log_1_q = torch.logaddexp(log_1_p, log_1_p.new_tensor(self.clip).log()).clamp(max=0)
-        # above zero, where a power below 1 has no gradient
-        weight_p, weight_q = (-torch.expm1(x).clamp(max=-1e-30) for x in (log_p, log_1_q))
-        weight_p, weight_q = weight_p**self.gamma_pos, weight_q**self.gamma_neg
-        if self.detach:
-            weight_p, weight_q = weight_p.detach(), weight_q.detach()
-        return -(targets * weight_p * log_p + (1 - targets) * weight_q * log_1_q).sum()
+        log_1_q = torch.logaddexp(log_1_p, torch.full_like(log_1_p, self.log_clip)).clamp(max=0)
+        # 1 - p and q, above zero, where a power below 1 has no gradient
+        not_p, q = (-torch.expm1(x).clamp(max=-1e-30) for x in (log_p, log_1_q))
+        positive = targets * not_p**self.gamma_pos * log_p
+        return -(positive + (1 - targets) * q**self.gamma_neg * log_1_q).sum()
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# --- data
+
+
+class Augmented(Dataset):
+    def __init__(self, photos, seed):
+        self.photos, self.seed, self.rand_augment = photos, seed, RandAugment()
+
+    def __len__(self):
+        return len(self.photos)
+
+    def __getitem__(self, i):
+        pixels = (self.photos[i] * 255).round().byte().permute(1, 2, 0)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # RandAugment draws here
+            image = self.rand_augment(cutout(Image.fromarray(pixels.numpy())))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def cutout(image):
+    """Draw a square of half the side, of any colour and with its middle anywhere, on a Pillow image
+    (DeVries & Taylor 2017, arXiv 1708.04552; the ASL repository)."""
+    side = image.width // 2
+    left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
+    colour = tuple(torch.randint(256, (3,)).tolist())
+    ImageDraw.Draw(image).rectangle((left, top, left + side - 1, top + side - 1), colour)
+    return image
+
+
+def augmented(photos, seed):
+    """`photos` through Cutout and RandAugment, in this order, as the log trained.
+
+    `photos`: anything whose item i is (3, S, S) float32 in [0, 1]. Returns a Dataset of the same
+    length and kind of items; item i is the same for a `seed` and i.
+    """
+    return Augmented(photos, seed)
+
+
+def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digits="auto", seed=0):
+    """(Images, labels, class names, what they are); the labels in the order of `names`, if given.
+
+    Images (N, 3, image_size, image_size), a tensor of scenes or `common.Photos`, and labels (N, L)
+    float32 0/1. Of COCO only the photos with a label, as in ASL. `split`: of scenes train,
+    validation or test, of COCO val2017 or train2017. Raises Failure if `names` are other labels.
+    """
+    if dataset == "scenes":
+        source, *drawn = common.scene_digits(digits, data_dir, split)
+        images, labels = common.compose_scenes(*drawn, limit or 2000, image_size, seed)
+        known, what = list("0123456789"), f"scenes of {source}'s {split} digits"
+    else:
+        photos, labels, known = common.load_coco(data_dir, image_size, limit, split)
+        rows = labels.any(1).nonzero()[:, 0].tolist()
+        if not rows:
+            raise common.Failure(f"no photo of {split} has a label; raise --limit", 2)
+        images, labels = common.Photos([photos.paths[i] for i in rows], image_size), labels[rows]
+        what = f"labelled photos of COCO {split}"
+    unnamed = [str(i) for i in range(len(known))]
+    if names is None or names == unnamed:
+        return images, labels, known, what
+    differ = sorted(set(names) ^ set(known))
+    if differ:
+        text = f"the labels of the network are not {dataset}'s: only one of them has"
+        raise common.Failure(f"{text} {', '.join(differ[:3])[:99]}", 2)
+    return images, labels[:, [known.index(name) for name in names]], names, what
+
+
+def workers(images, device):
+    """Processes that decode photos ahead: enough for a GPU, one beside a CPU's own work."""
+    if isinstance(images, torch.Tensor):
+        return 0
+    return min(16, os.cpu_count()) if device.type == "cuda" else 1
+
+
+# --- training
+
+
+def training_batches(args, data, steps, total, device):
+    """The batches (images, labels) from step `steps` to `total`, the same ones after a resume.
+
+    `data`: digits and their labels, of which each step shows new scenes (with --limit, each epoch
+    the same); or photos and their labels, in a new order, and through new augmentation, each epoch.
+    """
+    seed, per_epoch = args.seed * 1_000_003, total // args.epochs
+    if args.dataset == "scenes":
+        for step in range(steps, total):
+            number = step % per_epoch if args.limit else step
+            yield common.compose_scenes(*data, args.batch_size, args.image_size, seed + number)
+        return
+    photos, labels = data
+    first_epoch, done = divmod(steps, per_epoch)
+    for epoch in range(first_epoch, args.epochs):
+        order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed + epoch))
+        rows = [batch.tolist() for batch in order.split(args.batch_size)[done:per_epoch]]
+        images = augmented(photos, seed + epoch) if args.augment else photos
+        pairs, count = StackDataset(images, labels), workers(images, device)
+        yield from DataLoader(pairs, batch_sampler=rows, num_workers=count)
+        done = 0
+
+
+def weights_path(args):
+    """Where `train` writes the best network."""
+    digits = f"-{args.digits}" if args.dataset == "scenes" else ""
+    return args.out / f"{args.arch}-{args.dataset}{digits}.pth"
+
+
+def train(args, device):
+    """Train to the end; write checkpoint.pt, history.csv and, at `weights_path`, the best network.
+
+    That is the averaged one with the highest mAP, on validation scenes or val2017, at ten marks on
+    the way. Returns facts for the record. Raises Failure if --out holds another training.
+    """
+    place = args.dataset, args.data, args.image_size
+    if args.dataset == "scenes":
+        data, size = common.scene_digits(args.digits, args.data, "train")[1:], args.limit or EPOCH
+        check = load_data(*place, "validation", None, min(1000, size), args.digits, args.seed)
+    else:
+        images, labels, *rest = load_data(*place, args.split, limit=args.limit)
+        size = len(images)
+        data = (images[:] if size <= FIT_IN_MEMORY else images), labels
+        check = (
+            (*data, *rest)
+            if args.split == "val2017"
+            else load_data(*place, "val2017", limit=args.limit)
+        )
+    if size < args.batch_size:
+        text = f"--batch-size {args.batch_size} is more than the {size} training images"
+        raise common.Failure(text, 2)
+    check_images, check_labels, names, what = check
+
+    torch.manual_seed(args.seed)
+    network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    adam = torch.optim.Adam(network.parameters(), args.lr, fused=device.type != "mps")
+    asl, bf16 = AsymmetricLoss(4, GAMMA_POS[args.dataset]), common.has_bf16(device)
+    parts = {"network": network, "average": average, "adam": adam}
+    weights, averages = (list(x.state_dict().values()) for x in (network, average))
+    steps, total, seconds, history = 0, args.epochs * (size // args.batch_size), 0.0, []
+    best, best_map = None, -1.0
+
+    path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
+    checkpoint = common.starting_point(path, "asl_model", shaping, args)
+    if checkpoint:
+        with common.advise(path, ANEW):
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            steps, seconds, history = (checkpoint[k] for k in ("steps", "seconds", "history"))
+            best, best_map = checkpoint["best"], checkpoint["best_mAP"]
+    marks = {math.ceil(total * i / 10) for i in range(1, 11)}
+    start, saved = time.time() - seconds, time.time()
+    bar = common.progress(desc="training", total=total, initial=steps)
+    for images, labels in training_batches(args, data, steps, total, device):
+        # one cycle (Smith & Topin 2018): up for a fifth of the run, then down to 0, along cosines
+        position = (steps + 1) / (total + 1)
+        rise = min(position / 0.2, (1 - position) / 0.8)
+        adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network(images.to(device))
+        loss = asl(logits, labels.to(device))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        steps += 1
+        # short at first, because a long average would keep the noise of the start
+        decay = min(AVERAGE, 1 - 8 / (steps + 8))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        seconds = time.time() - start
+        bar.update()
+        if steps % 20 == 0:
+            text = f"{loss.item() / len(images):.3g}"
+            bar.set_postfix(loss=text, best_mAP=f"{max(best_map, 0):.2%}", refresh=False)
+        if steps not in marks and time.time() - saved < SAVE_EVERY:
+            continue
+        if not all(x.isfinite().all() for x in [loss, *network.parameters()]):
+            text = f"the loss or a weight is not a finite number at step {steps:,}"
+            raise common.Failure(f"{text}; it was not saved; train anew with a lower --lr")
+        if steps in marks:
+            probabilities = predict(fold(average), check_images, device)
+            mean_ap = float(average_precision(probabilities, check_labels.numpy()).mean())
+            row = {"step": steps, "seconds": round(seconds, 1)}
+            history.append(row | {"loss": loss.item() / len(images), "mAP": mean_ap})
+            if mean_ap >= best_map:  # of equals the last, whose probabilities are the surest
+                best, best_map = copy.deepcopy(average.state_dict()), mean_ap
+        checkpoint = {"kind": "asl_model", "settings": shaping, "data": str(args.data)}
+        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+        checkpoint |= {"steps": steps, "seconds": seconds, "history": history}
+        common.save_checkpoint(path, checkpoint | {"best": best, "best_mAP": best_map})
+        saved = time.time()
+    bar.close()
+
+    facts = {"mAP": best_map, "mAP_on": what, "settings": shaping}
+    content = {"model": best, "norm": "batch norm", "num_classes": len(names), **facts}
+    content["idx_to_class"] = dict(enumerate(names))
+    common.write_history(args.out / "history.csv", history)
+    common.save_checkpoint(weights_path(args), content)
+    print(f"trained for {total:,} steps, {seconds:,.0f} s; {weights_path(args)} holds the best")
+    print(f"network, of mAP {best_map:.2%} on {len(check_images):,} {what}")
+    facts = {"dataset_size": size, "bf16": bf16, "steps": total, "training_seconds": seconds}
+    return facts | {"best_mAP": best_map, "best_mAP_on": what}
+
+
+def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
+    """(Network, class names, mAP, path) of the classifier of 64-pixel scenes that `out` holds.
+
+    If there is none, it is trained by the default settings, minutes on two CPU cores; a training
+    that was stopped is resumed. `mAP`: on validation scenes. Raises Failure for a file made with
+    other settings.
+    """
+    device = torch.device(device)
+    flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
+    args = settings([*flags, "--out", str(out), "--seed", str(seed), "--device", device.type])
+    path = weights_path(args)
+    if not path.exists():
+        print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
+        common.make_folder(args.out)
+        train(argparse.Namespace(**vars(args) | {"resume": True}), device)
+    advice = "delete it, and the classifier is trained anew"
+    content = common.load_checkpoint(path, None, advice)
+    made = content.get("settings", {})
+    differ = [f"{k} {made.get(k)}" for k in SHAPING if made.get(k) != getattr(args, k)]
+    if differ:
+        raise common.Failure(f"{path} was made with {', '.join(differ[:3])}; {advice}", 2)
+    network, names = load_asl(path, args.arch)
+    return network.to(device), names, content["mAP"], path
+
+
+@torch.inference_mode()
+def predict(network, images, device, batch=32):
+    """The probabilities (N, L), float32 in NumPy, that `network` gives images (N, 3, S, S)."""
+    loader = DataLoader(images, batch, num_workers=workers(images, device))
+    bar = common.progress(loader, "measuring")
+    return np.concatenate([network(x.to(device)).sigmoid().float().cpu().numpy() for x in bar])
 
 
 def average_precision(probabilities, labels):
-    """Per class, the mean over its positives of the precision at their rank; 0 for a class without any.
+    """Per class, the mean over its positives of the precision at their rank; 0 if it has none.
 
     NumPy arrays (N, L) -> (L,), as the ASL repository has it; mAP is the mean.
     """
@@ -397,287 +646,78 @@ def average_precision(probabilities, labels):
 
 
 def measure(probabilities, labels, threshold):
-    """The report's numbers, from NumPy arrays (N, L): mAP, and precision, recall and F1 as the ASL repository has them.
+    """The report's numbers, from NumPy arrays (N, L).
 
-    CP, CR, CF1 are means over classes (so CF1 is not that of CP and CR), OP, OR, OF1 over all labels. A class that no
-    image has counts as 0 in each mean; `mAP_present` leaves it out.
+    A class that no image has counts as 0 in mAP, as the ASL repository has it; `mAP_present` leaves
+    it out. OP, OR: precision and recall over all labels. `exact`: images with every label right.
     """
-    said, true, aps = probabilities > threshold, labels > 0, average_precision(probabilities, labels)
-    right, present = said & true, true.any(0)
-    precision, recall, f1 = (
-        right.sum(0) / np.maximum(n, 1) for n in (said.sum(0), true.sum(0), (said.sum(0) + true.sum(0)) / 2)
-    )
-    numbers = {"n": len(labels), "classes_present": int(present.sum()), "mAP": float(aps.mean())}
-    numbers |= {"mAP_present": float(aps[present].mean()) if present.any() else 0.0}
-    numbers |= {name: float(x.mean()) for name, x in (("CP", precision), ("CR", recall), ("CF1", f1))}
-    hits = int(right.sum())
-    numbers |= {name: common.wilson(hits, int(x.sum())) for name, x in (("OP", said), ("OR", true)) if x.any()}
-    numbers["OF1"] = float(2 * hits / max(said.sum() + true.sum(), 1))
-    return numbers | {"exact": common.wilson(int((said == true).all(1).sum()), len(labels))}
+    predicted, actual = probabilities > threshold, labels > 0
+    ap, right = average_precision(probabilities, labels), predicted & actual
+    return {
+        "n": len(labels),
+        "classes_present": int(actual.any(0).sum()),
+        "mAP": float(ap.mean()),
+        "mAP_present": float(ap[actual.any(0)].mean()) if actual.any() else 0.0,
+        "labels_predicted": int(predicted.sum()),
+        "labels_present": int(actual.sum()),
+        "OP": common.wilson(right.sum(), predicted.sum()),
+        "OR": common.wilson(right.sum(), actual.sum()),
+        "exact": common.wilson((predicted == actual).all(1).sum(), len(labels)),
+    }
 
 
-def load_data(args, split, names=None, limit=None):
-    """(images, labels, class names, what they are); the labels in the order of `names`, if given.
-
-    Of COCO only the photos with a label, as in ASL.
-    """
-    if args.dataset == "scenes":
-        of, *digits = common.scene_digits(args.digits, args.data, split)
-        images, labels = common.compose_scenes(*digits, limit or 2000, args.image_size, args.seed)
-        known, what = list("0123456789"), f"scenes of {of}'s {split} digits"
-    else:
-        images, labels, known = common.load_coco(args.data, args.image_size, limit, split)
-        kept = labels.any(1).nonzero()[:, 0]
-        if not len(kept):
-            raise common.Failure(f"none of the {len(images)} photos of {split} has a label; raise --limit")
-        images, labels = common.Photos([images.paths[i] for i in kept], args.image_size), labels[kept]
-        what = f"labelled photos of COCO {split}"
-    if names == [str(i) for i in range(len(known))] != known:
-        print(f"the weights do not name their outputs; they are taken to be {args.dataset}'s labels, in its order")
-        names = known
-    names = names or known
-    if sorted(names) != sorted(known):
-        odd = [name for name in names if name not in known] or [name for name in known if name not in names]
-        raise common.Misuse(f"the labels of the weights are not {args.dataset}'s: {', '.join(odd[:3])} only one has")
-    return images, labels[:, [known.index(name) for name in names]], names, what
-
-
-@torch.inference_mode()
-def predict(network, images, device, batch=32):
-    """The probabilities (N, L), float32 in NumPy, that `network` gives each label of images (N, 3, S, S)."""
-    loader = DataLoader(images, batch, num_workers=workers(images, device), pin_memory=device.type == "cuda")
-    loader = tqdm(loader, "measuring", unit="batch", disable=None, leave=False)
-    return np.concatenate([network(x.to(device)).sigmoid().float().cpu().numpy() for x in loader])
-
-
-def workers(images, device):
-    """Processes that decode photos ahead: what keeps a GPU busy; one beside a CPU's own work. None for tensors."""
-    if isinstance(images, torch.Tensor):
-        return 0
-    return min(16, os.cpu_count()) if device.type == "cuda" else 1
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-class Training:
-    """A network in training, its average, Adam and the position of the run: what a checkpoint holds."""
-
-    parts = ("network", "average", "adam")
-
-    def __init__(self, args, device, network, total, dataset):
-        self.args, self.device, self.total, self.steps, self.seconds, self.best = args, device, total, 0, 0.0, -1.0
-        self.network = network.train().to(device, memory_format=torch.channels_last)
-        self.average = copy.deepcopy(network).eval().requires_grad_(False)
-        self.adam = torch.optim.Adam(network.parameters(), args.lr, fused=device.type != "mps")
-        self.loss = AsymmetricLoss(args.gamma_neg, args.gamma_pos, args.clip)
-        self.file = args.out / f"{args.arch}-{dataset}.pth"
-        kept = ("arch", "image_size", "epochs", "batch_size", "lr", "gamma_neg", "gamma_pos", "clip", "average", "seed")
-        self.shape = {name: getattr(args, name) for name in kept}
-        self.shape |= {"dataset": dataset, "steps": total, "bf16": common.has_bf16(device)}
-
-    def step(self, images, labels):
-        """One step on images (N, 3, S, S) and labels (N, L); returns the loss per image, a tensor."""
-        share = (self.steps + 1) / (self.total + 1)
-        # one cycle (Smith & Topin 2018): up for a fifth of the run, then down to 0, along cosines
-        rise = min(share / 0.2, (1 - share) / 0.8)
-        self.adam.param_groups[0]["lr"] = self.args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.shape["bf16"]):
-            logits = self.network(images)
-        loss = self.loss(logits, labels)
-        self.adam.zero_grad()
-        loss.backward()
-        self.adam.step()
-        self.steps += 1
-        keep = min(self.args.average, 1 - 8 / (self.steps + 8))  # short at first, or it would go on showing the noise
-        average, network = (list(x.state_dict().values()) for x in (self.average, self.network))
-        torch._foreach_lerp_(average, network, 1 - keep)
-        return loss.detach() / len(images)
-
-    def keep_if_best(self, mAP, names):  # noqa: N803
-        """Write the averaged network in the published format, if none before was better."""
-        if mAP >= self.best:  # of equals the last, whose probabilities are the surest
-            self.best = mAP
-            content = {"model": self.average.state_dict(), "norm": "batch norm", "num_classes": len(names)}
-            content |= {"idx_to_class": dict(enumerate(names)), "mAP": mAP}
-            common.save_checkpoint(self.file.with_suffix(".best"), content)
-
-    def save(self, path):
-        networks = {name: getattr(self, name).state_dict() for name in self.parts}
-        position = {"steps": self.steps, "seconds": self.seconds, "best": self.best}
-        common.save_checkpoint(path, {"kind": "asl_model", "shape": self.shape, **position, **networks})
-
-    def take(self, there):
-        """Take over what `save` has written."""
-        for name in self.parts:
-            getattr(self, name).load_state_dict(there[name])
-        self.steps, self.seconds, self.best = int(there["steps"]), float(there["seconds"]), float(there["best"])
-
-
-def training_batches(args, data, training):
-    """The run's batches (images, labels) from where it stands, the same ones however often it was stopped.
-
-    `data`: digits and their labels, of which each step's scenes are new ones (with --limit: each epoch's again); or
-    photos and their labels, in a new order each epoch.
-    """
-    first, steps = args.seed * 1_000_003, range(training.steps, training.total)
-    per_epoch = training.total // args.epochs
-    if args.dataset == "scenes":
-        for step in steps:
-            seed = first + (step % per_epoch if args.limit else step)
-            yield common.compose_scenes(*data, args.batch_size, args.image_size, seed)
-        return
-    images, labels = data
-
-    def rows():
-        for epoch, i in (divmod(step, per_epoch) for step in steps):
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(first + epoch))
-            yield order[i * args.batch_size :][: args.batch_size].tolist()
-
-    on = {"num_workers": workers(images, training.device), "pin_memory": training.device.type == "cuda"}
-    yield from DataLoader(StackDataset(images, labels), batch_sampler=rows(), **on)
-
-
-def train(training, data, check):
-    """Train to the end. Ten times on the way `check` (images, labels, names) says which network is the best, and it is
-    kept; a checkpoint is written then, once a minute, and at Ctrl-C."""
-    args, path, total = training.args, training.args.out / "checkpoint.pt", training.total
-    began, saved, marks = time.time() - training.seconds, time.time(), {-(-total * i // 10) for i in range(1, 11)}
-    images, labels, names, _ = check
-    with common.ctrl_c() as stop, tqdm(total=total, initial=training.steps, unit="step", disable=None) as bar:
-        for batch in training_batches(args, data, training):
-            loss = training.step(*(x.to(training.device, non_blocking=True) for x in batch))
-            training.seconds = time.time() - began
-            bar.update()
-            mark = training.steps in marks
-            save = mark or stop.pressed or time.time() - saved > 60
-            if save or training.steps % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3g}", best_mAP=f"{max(0, training.best):.2%}", refresh=False)
-                weights = list(training.network.parameters()) if save else []
-                if not all(x.isfinite().all() for x in [loss, *weights]):
-                    raise common.Failure(
-                        f"the loss or a weight is not a number any more at step {training.steps:,}; start anew with a "
-                        "lower --lr; no such state was saved"
-                    )
-            if mark:
-                said = predict(fold(training.average), images, training.device)
-                training.keep_if_best(float(average_precision(said, labels.numpy()).mean()), names)
-            if save:
-                training.save(path)
-                saved = time.time()
-            if stop.pressed and training.steps < total:
-                raise common.Stopped(f"stopped at step {training.steps:,} of {total:,}; --resume goes on from {path}")
-    best = training.file.with_suffix(".best")
-    if best.exists():  # if not, it was renamed by the run that this one resumes
-        os.replace(best, training.file)
-
-
-def run_training(args, device):
-    """`--train`: the best network is written to --out and measured. Returns what results.json holds."""
-    for name, value in DEFAULTS[args.dataset].items():
-        if name != "arch" and getattr(args, name) is None:
-            setattr(args, name, value)
-    start, names = load_asl(args.weights, args.arch, folded=False) if args.weights else (None, None)
-    args.arch = start.arch if start else args.arch or DEFAULTS[args.dataset]["arch"]
-    args.image_size = args.image_size or ARCHITECTURES[args.arch][2]
-    if args.dataset == "scenes":
-        dataset, size = f"scenes-{args.digits}", args.limit or 10_000
-        _, *data = common.scene_digits(args.digits, args.data, "train")
-        check, test = load_data(args, "validation", names, min(1000, size)), load_data(args, "test", names)
-    else:
-        there = (args.data / "coco" / "annotations" / "instances_train2017.json").exists()
-        dataset, split = "coco", "train2017" if there else "val2017"
-        *data, names, what = load_data(args, split, names, args.limit)
-        size = len(data[0])
-        check = test = load_data(args, "val2017", names) if there else (*data, names, what + ", those it learnt from")
-    if size < args.batch_size:
-        raise common.Misuse(f"--batch-size {args.batch_size} is more than the {size} training images")
-    torch.manual_seed(args.seed)
-    network = start or tresnet(args.arch, len(check[2]))
-    training = Training(args, device, network, args.epochs * (size // args.batch_size), dataset)
-    if args.resume:
-        common.load_run(args.out / "checkpoint.pt", "asl_model", training.shape, training.take)
-    train(training, data, check)
-    numbers = evaluate(*load_asl(training.file), test, args, device)
-    print(f"trained for {training.steps:,} steps, {training.seconds:,.0f} s; {training.file} holds the best network")
-    facts = {"dataset": dataset, "dataset_size": size, "device": str(device), "bf16": training.shape["bf16"]}
-    return common.write_results(args, numbers | {"training_seconds": round(training.seconds, 1)}, **facts)
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-def evaluate(network, names, data, args, device):
-    """Print and return `measure`'s numbers on data (images, labels, names, what they are)."""
+def evaluate(network, data, args, device):
+    """Print and return `measure`'s numbers on data (images, labels, class names, what)."""
     images, labels, _, what = data
-    begin = time.perf_counter()
+    start = time.perf_counter()
     probabilities = predict(network.to(device), images, device)
-    speed = len(images) / (time.perf_counter() - begin)
+    speed = len(images) / (time.perf_counter() - start)
     numbers = measure(probabilities, labels.numpy(), args.threshold)
-    print(f"{len(images):,} {what}, {speed:,.0f} a second: mAP {numbers['mAP']:.2%} over {len(names)} classes")
-    if numbers["classes_present"] < len(names):
-        print(f"    {numbers['mAP_present']:.2%} over the {numbers['classes_present']} classes that occur")
-    print(f"    above {args.threshold}:", *(f"{name} {numbers[name]:.2%}" for name in ("CP", "CR", "CF1", "OF1")))
-    rates = {"OP": "labels said are right", "OR": "labels present are said", "exact": "images have every label right"}
-    for name, text in rates.items():
-        if name in numbers:
-            print(f"    {name} {common.percent(numbers[name])} {text}")
+    rates = {name: common.cell(numbers[name]) for name in ("OP", "OR", "exact")}
+    print(f"{len(images):,} {what}, {speed:,.0f} a second: mAP {numbers['mAP']:.2%},", end=" ")
+    print(f"{numbers['mAP_present']:.2%} over the {numbers['classes_present']} classes that occur")
+    print(f"    {numbers['labels_predicted']:,} labels are predicted: {rates['OP']} of them right")
+    print(f"    {numbers['labels_present']:,} labels are present: {rates['OR']} of them predicted")
+    print(f"    every label right: {rates['exact']} of the images")
     return numbers | {"images": what, "images_per_second": speed}
 
 
-def figure(photo, names, probabilities, threshold):
-    """The photo, at most 640 pixels high, and beside it the labels with their probabilities, as bars."""
-    photo = photo.copy()
-    photo.thumbnail((960, 640))
-    page = Image.new("RGB", (photo.width + 280, max(photo.height, 30 * len(names) + 20)), "white")
-    page.paste(photo)
-    ink, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    for i, (name, p) in enumerate(zip(names, probabilities, strict=True)):
-        x, y = photo.width + 12, 10 + 30 * i
-        ink.rectangle((x, y + 20, x + 256 * p, y + 24), "green" if p > threshold else "grey")
-        ink.text((x, y), f"{name}  {p:.3f}", "black", font)
-    return page
-
-
 def show(network, names, args, device):
-    """`--image`: print the labels present and those asked for, and draw them beside the photo."""
-    asked = [label_index(name, names) for name in args.labels]
-    photo = common.open_photo(args.image)
-    p = predict(network.to(device), common.load_photo(args.image, args.image_size)[None], device)[0]
-    shown = [i for i in np.argsort(-p) if p[i] > args.threshold or i in asked]
+    """--image: print the labels present, or else the nearest to it."""
+    photo = common.Photos([args.image], args.image_size or network.image_size)
+    p = predict(network.to(device), photo[:], device)[0]
     if not (p > args.threshold).any():
-        print(f"no label above {args.threshold}; the nearest to it is {names[p.argmax()]}, {p.max():.3f}")
-    for i in shown:
-        print(f"{p[i]:.3f}  {names[i]}" + ("" if p[i] > args.threshold else "  (not present)"))
-    page = figure(photo, [names[i] for i in shown], [p[i] for i in shown], args.threshold)
-    path = args.out / f"{args.image.stem}-labels.png"
-    common.write_whole(path, lambda file: page.save(file, "png"))
-    print(f"{path} shows them")
-    return {"labels": {names[i]: float(p[i]) for i in shown}}
+        print(f"no label above {args.threshold}; the nearest is {names[p.argmax()]}, {p.max():.3f}")
+    labels = {names[i]: float(p[i]) for i in np.argsort(-p) if p[i] > args.threshold}
+    for name, probability in labels.items():
+        print(f"{probability:.3f}  {name}")
+    return {"labels": labels}
 
 
 def main(argv=None):
-    """Does what the flags say; returns what results.json holds."""
+    """Do what the flags say; returns what results.json holds, numbers under each split's name."""
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
-    if args.dataset == "scenes":
-        args.digits = common.load_digits(args.digits, args.data, True, 1)[0]
+    facts, splits = {"dataset": args.dataset, "device": str(device)}, [args.split or "test"]
     if args.train:
-        return run_training(args, device)
-    if args.weights or args.dataset == "coco":
-        network, names = load_asl(args.weights or published(args.arch or "tresnet_m", args.data), args.arch)
+        facts |= train(args, device)
+        path = weights_path(args)
+        network, names = load_asl(path)
+        splits = ["test"] if args.dataset == "scenes" else ["val2017", args.split]
+    elif args.weights or args.dataset == "coco":
+        path = args.weights or published(args.arch or "tresnet_m", args.data)
+        network, names = load_asl(path, args.arch)
     else:
-        network, names = scenes_classifier(args.data, args.out, device, args.digits)
-    if args.arch not in (None, network.arch):
-        raise common.Misuse(f"there is no {args.arch} for {args.dataset} yet; train one, and name it with --weights")
-    args.image_size = args.image_size or ARCHITECTURES[network.arch][2]
+        network, names, _, path = scenes_classifier(args.data, device=device, digits=args.digits)
+    facts |= {"weights": str(path), "arch": network.arch}
     if args.image:
-        numbers = show(network, names, args, device)
-    else:
-        data = load_data(args, "test" if args.dataset == "scenes" else "val2017", names, args.limit)
-        numbers = evaluate(network, names, data, args, device)
-    return common.write_results(args, numbers, dataset=args.dataset, device=str(device), arch=network.arch)
+        return common.write_results(args, show(network, names, args, device), **facts)
+    place, numbers = (args.dataset, args.data, args.image_size or network.image_size), {}
+    for split in dict.fromkeys(splits):
+        data = load_data(*place, split, names, args.limit, args.digits, args.seed)
+        numbers[split] = evaluate(network, data, args, device)
+    return common.write_results(args, numbers, **facts)
 
 
 if __name__ == "__main__":

