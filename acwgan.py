@@ -30,7 +30,7 @@ import common
 
 CLASSES = 10
 DOUBLINGS = {28: 1, 64: 2}  # of the side, by strided convolutions; a pixel shuffle does one more
-READER = {"seed": 1234, "epochs": 3, "shift": 2, "smoothing": 0.05}  # how it is trained
+READER = {"seed": 1234, "epochs": 3, "rate": 4e-3, "shift": 2, "smoothing": 0.05}
 RANDOM = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # modules that have random numbers
 SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that a resumed run doesn't inherit
@@ -267,7 +267,6 @@ def train(training, args, settings, images, labels):
         remaining = 1 - step / total if args.decay == "linear" else 1
         training.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
         training.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
-
         # the digits of a batch's last critic step train the generator, too, which needs their graph
         last = repeat == args.critic_steps - 1
         z = torch.randn(len(real), args.latent, device=images.device)
@@ -323,7 +322,9 @@ def generate(generator, labels, seed):
     return (resize(images, 28) * 255).round() / 255
 
 
-def train_classifier(network, images, labels, seed, epochs=3, shift=2, smoothing=0.05, attack=None):
+def train_classifier(
+    network, images, labels, seed, epochs=3, rate=4e-3, shift=2, smoothing=0.05, attack=None
+):
     """Train on digits moved by up to `shift` pixels; adversarially where an `attack` is given.
 
     Images (N, 1, 28, 28) in [0, 1], labels (N,) int64; few images get more epochs. One-cycle step
@@ -335,7 +336,7 @@ def train_classifier(network, images, labels, seed, epochs=3, shift=2, smoothing
     orders = [torch.randperm(len(images), generator=rng)[:used] for _ in range(epochs)]
     orders = torch.cat(orders).to(images.device).split(batch)
     adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 4e-3, len(orders), pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, len(orders), pct_start=0.2)
     bf16 = common.has_bf16(images.device)
     for order in common.progress(orders, type(network).__name__, unit="step"):
         dx, dy = torch.randint(2 * shift + 1, (2,), generator=rng)
@@ -484,8 +485,7 @@ def main(argv=None):
     dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
     least = max(args.batch_size, 12)  # a sixth of 12 is held out, and a covariance needs two
     if len(images) < least:
-        text = f"{len(images)} images; --batch-size {args.batch_size} needs {least}, see --limit"
-        raise common.Failure(text, 2)
+        raise common.Failure(f"{len(images)} images, batch size {args.batch_size} needs {least}", 2)
     facts = {"dataset": dataset, "dataset_size": len(images)}
     kept = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
     kept |= {"data": str(args.data), **facts}

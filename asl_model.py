@@ -4,8 +4,8 @@ A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric lo
 et al. 2020, arXiv 2009.14119; github.com/Alibaba-MIIL/ASL). The files published with ASL give their
 logits here, without inplace_abn and CUDA. Two things go wrong silently elsewhere: the scale of an
 InPlace-ABN is |gamma| + eps, not gamma, and these networks take photos squashed to a square, not
-cropped, of pixels in [0, 1], without mean and std. `inplace_abn_1_0_12` rebuilds the wrong gradient
-of the package that the ASL repository pinned, the likely cause of what the log saw.
+cropped, of pixels in [0, 1], without mean and std. The package that the ASL repository pinned gave
+attackers a wrong gradient, the likely cause of what the log saw: `inplace_abn_1_0_12` rebuilds it.
 
     python asl_model.py --image photo.jpg             the labels present, by the published TResNet-M
     python asl_model.py --evaluate --dataset coco     mAP, precision and recall
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, StackDataset
+from torchvision.ops import SqueezeExcitation
 from torchvision.transforms import RandAugment
 
 import common
@@ -61,10 +62,8 @@ ANEW = "train anew with --force, or choose another --out"
 def settings(argv=None):
     """The flags [the ASL repository's value]; --resume takes the defaults from the checkpoint."""
 
-    def default(name):
-        scenes, coco = (DEFAULTS[dataset][TRAINING.index(name)] for dataset in ("scenes", "coco"))
-        return f"(otherwise {scenes} for scenes, {coco} for coco)"
-
+    help_of = zip(TRAINING, *DEFAULTS.values(), strict=True)
+    default = {name: f"(otherwise {a} for scenes, {b} for coco)" for name, a, b in help_of}
     out, limit = Path("runs/asl_model"), "use only the first N photos, or N scenes in an epoch"
     p = common.parser(__doc__, out, "coco", tuple(DEFAULTS), "images and labels", limit, True)
     add, whole, positive = p.add_argument, common.whole, common.positive
@@ -72,20 +71,18 @@ def settings(argv=None):
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
     mode.add_argument("--train", action="store_true", help="train on --dataset, from nothing")
-    weights = "for --image and --evaluate (otherwise published ones; for scenes, trained now)"
+    weights = "(otherwise the published ones; for scenes, trained now)"
     add("--weights", type=Path, metavar="FILE", help=weights)
-    arch = f"network of the published weights, or to train {default('arch')}"
-    add("--arch", choices=ARCHITECTURES, help=arch)
-    size = "side of the square (otherwise as the weights are for)"
-    add("--image-size", type=whole(32), metavar="PIXELS", help=size)
+    add("--arch", choices=ARCHITECTURES, help=f"published, or to train {default['arch']}")
+    add("--image-size", type=whole(32), metavar="N", help="in pixels (otherwise the weights' own)")
     add("--threshold", type=positive, default=0.5, help="a label is present above this [0.8]")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
     split = "photos of coco (otherwise train2017 for --train, and val2017)"
     add("--split", choices=("val2017", "train2017"), help=split)
-    add("--epochs", type=whole(1), help=f"passes over the images {default('epochs')}")
-    add("--batch-size", type=whole(2), help=f"images per step [128] {default('batch_size')}")
-    add("--lr", type=positive, help=f"Adam's largest step size [1e-4] {default('lr')}")
-    augment = f"train on photos through Cutout and RandAugment {default('augment')}"
+    add("--epochs", type=whole(1), help=f"passes over the images {default['epochs']}")
+    add("--batch-size", type=whole(2), help=f"images per step [128] {default['batch_size']}")
+    add("--lr", type=positive, help=f"Adam's largest step size [1e-4] {default['lr']}")
+    augment = f"show photos through Cutout and RandAugment {default['augment']}"
     add("--augment", action=argparse.BooleanOptionalAction, help=augment)
     args = p.parse_args(argv)
     path = args.out / "checkpoint.pt"
@@ -96,31 +93,27 @@ def settings(argv=None):
             checkpoint = common.load_checkpoint(path, "asl_model", ANEW)
             p.set_defaults(train=True, data=checkpoint["data"], **checkpoint["settings"])
         args = p.parse_args(argv)
-
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate and --train is required")
     if args.train and args.weights:
         p.error("--weights goes with --image or --evaluate")
     if args.dataset == "scenes" and (args.split or args.augment):
         p.error("--split and --augment go with --dataset coco")
-    files = PUBLISHED if args.dataset == "coco" else ()
-    if args.arch and not (args.train or args.weights or args.arch in files):
+    has_weights = args.weights or (args.dataset == "coco" and args.arch in PUBLISHED)
+    if args.arch and not (args.train or has_weights):
         p.error(f"there are no published weights of {args.arch}; name a file with --weights")
     for name, value in zip(TRAINING, DEFAULTS[args.dataset], strict=True):
         if getattr(args, name) is None and (args.train or name != "arch"):
             setattr(args, name, value)
-    if args.train and args.image_size is None:
-        args.image_size = ARCHITECTURES[args.arch][2]
+    if args.train:
+        args.image_size = args.image_size or ARCHITECTURES[args.arch][2]
     if args.threshold >= 1 or (args.image_size or 4) % 4:
         p.error("--threshold must lie below 1, --image-size must be a multiple of 4")
-    if args.dataset == "coco" and args.split is None:
-        args.split = "train2017" if args.train else "val2017"
-    if args.dataset == "scenes" and args.digits == "auto":
-        args.digits = common.load_digits("auto", args.data, True, 1)[0]
+    if args.dataset == "coco":
+        args.split = args.split or ("train2017" if args.train else "val2017")
+    else:
+        args.digits = common.load_digits(args.digits, args.data, True, 1)[0]
     return args
-
-
-# --- network
 
 
 class NormAct(nn.Module):
@@ -150,38 +143,14 @@ class ConvNorm(nn.Sequential):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="leaky_relu")
         super().__init__(conv, NormAct(c_out, slope))
 
-    @torch.no_grad()
-    def fold(self):
-        conv, norm = self
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        conv.weight.copy_(conv.weight * scale[:, None, None, None])
-        conv.bias = nn.Parameter((norm.bias - norm.running_mean * scale).to(norm.bias.dtype))
-        self[1] = nn.Identity() if norm.slope == 1 else nn.LeakyReLU(norm.slope, inplace=True)
-
 
 class BlurPool(nn.Module):
-    """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486).
-
-    On CUDA, the backward pass of reflect padding adds up in no fixed order: there, the same seed
-    gives the same training only up to rounding.
-    """
+    """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486)."""
 
     def forward(self, x):
-        # two means of 2x2, as a depthwise convolution's backward pass is slow on a CPU
+        # two means of 2x2, as a depthwise convolution's backward pass is slow on a CPU; on CUDA,
+        # that of reflect padding sums in no fixed order: equal seeds train equally up to rounding
         return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 2, 1), 2)
-
-
-class SqueezeExcite(nn.Module):
-    """Scale each channel by what all channels' means say (Hu et al. 2017, arXiv 1709.01507)."""
-
-    def __init__(self, channels, hidden):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x):
-        hidden = self.fc1(x.mean((2, 3), keepdim=True)).relu()
-        return x * self.fc2(hidden).sigmoid()
 
 
 def strided(conv, stride):
@@ -206,10 +175,10 @@ class Block(nn.Module):
             self.conv1 = strided(ConvNorm(c_in, planes, 3, 1e-3), stride)
             self.conv2 = ConvNorm(planes, planes, 3)
         hidden = max(planes // (2 if bottleneck else 4), 64)
-        self.se = SqueezeExcite(planes, hidden) if excite else nn.Identity()
+        self.se = SqueezeExcitation(planes, hidden) if excite else nn.Identity()
         self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
-        last = self.conv3 if bottleneck else self.conv2
-        nn.init.zeros_(last[1].weight)  # at first each block hands on what it gets
+        last_norm = self.conv3[1] if bottleneck else self.conv2[1]
+        nn.init.zeros_(last_norm.weight)  # at first each block hands on what it gets
 
     def forward(self, x):
         residual = self.conv3(self.se(self.conv2(self.conv1(x))))
@@ -219,7 +188,7 @@ class Block(nn.Module):
 class TResNet(nn.Module):
     """Images (N, 3, H, W) in [0, 1], H and W multiples of 4 -> logits (N, num_classes)."""
 
-    def __init__(self, arch, num_classes):
+    def __init__(self, arch, num_classes=80):
         super().__init__()
         blocks, width, self.image_size = ARCHITECTURES[arch]
         self.arch = arch
@@ -245,21 +214,23 @@ class TResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def tresnet(arch, num_classes=80):
-    """A new `TResNet`: tresnet_m, _l or _xl as published, or tresnet_s for scenes of 64 pixels."""
-    return TResNet(arch, num_classes)
+tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's files
 
 
+@torch.no_grad()
 def fold(network):
-    """A copy of a `TResNet` for inference, each norm folded into its convolution, channels-last.
-
-    Equal logits, and no gradient for any weight. It still flows to the images, for an attack.
-    """
+    """A copy of a `TResNet`, each norm folded into its convolution: equal logits, gradients only
+    for the images, channels-last."""
     device = next(network.parameters()).device
     network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
-    for module in list(network.modules()):
+    for module in network.modules():
         if isinstance(module, ConvNorm):
-            module.fold()
+            conv, norm = module
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            conv.weight.copy_(conv.weight * scale[:, None, None, None])
+            conv.bias = nn.Parameter((norm.bias - norm.running_mean * scale).to(norm.bias.dtype))
+            linear = norm.slope == 1
+            module[1] = nn.Identity() if linear else nn.LeakyReLU(norm.slope, inplace=True)
     return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -273,19 +244,16 @@ class SkipActivations(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         follows_norm = function in RELUS and getattr(args[0], "is_normalised", False)
         if function is F.leaky_relu or follows_norm:
-            x = args[0]
-            y = function(x.detach().clone(), **kwargs)
-            return y + (x - x.detach())  # adds zero, of gradient 1
+            x, value = args[0], args[0].detach()
+            return function(value.clone(), **kwargs) + (x - value)  # plus zero, of gradient 1
         result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor):
-            # not so after a sum in place: torchvision adds the shortcut into a batch norm's output
+            # overwritten by a sum in place, such as torchvision's blocks make of a norm's output
             result.is_normalised = function is F.batch_norm
         return result
 
 
 class PinnedInplaceAbn(nn.Module):
-    """A network that runs under `SkipActivations`."""
-
     def __init__(self, network):
         super().__init__()
         self.network = network
@@ -302,14 +270,12 @@ def inplace_abn_1_0_12(model):
     gradient behind the activation, where `dy`, the one before it, is meant: the leaky ReLU's
     derivative is skipped. The forward pass and training are right, so only an attack notices.
 
-    `model`: a `TResNet`, folded or not, or any other network. Its leaky ReLUs (in TResNet-M the 36
-    of InPlace-ABN) and each ReLU that takes the very output of a batch norm get that gradient, as
-    if the package stood there. ReLUs behind a sum or in squeeze-and-excitation keep theirs.
+    Any network will do: its leaky ReLUs (of a `TResNet`, folded or not, all of InPlace-ABN; in
+    TResNet-M 36) and each ReLU that takes the very output of a batch norm get that gradient, as if
+    the package stood there. ReLUs behind a sum or in squeeze-and-excitation keep theirs.
     """
     return PinnedInplaceAbn(copy.deepcopy(model)).eval()
 
-
-# --- weights
 
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 PUBLISHED = {
@@ -328,8 +294,7 @@ def inplace_abn_gammas(state):
     """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
 
     InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
-    its scale must not be zero: its kernels take |gamma| + eps wherever the paper has gamma, with
-    the eps that stands beside the variance.
+    its scale must not be zero. Its kernels take the eps that stands beside the variance.
     """
     moments = [name for name in state if name.endswith("running_mean")]
     gammas = {name.removesuffix("running_mean") + "weight" for name in moments}
@@ -339,10 +304,9 @@ def inplace_abn_gammas(state):
 def load_asl(path, arch=None, folded=True):
     """(Network, class names) of a file as the ASL repository's: {"model", "idx_to_class"}.
 
-    `arch` None: by the first layer's width. `folded`: as `fold` returns it; otherwise with its
-    norms, in eval mode. Names are in the order of the outputs; numbers, where the file has none. A
-    state dict may also stand under "state_dict" or alone. Raises Failure for a file that is absent,
-    damaged, hostile or another network's.
+    `arch` None: by the first layer's width. `folded` False: with its norms, in eval mode. Names are
+    in the order of the outputs; numbers, where the file has none. The state dict may also stand
+    under "state_dict" or alone. Raises Failure for an absent, damaged, hostile or other file.
     """
     advice = "name another file with --weights"
     content = common.load_checkpoint(path, None, advice)
@@ -357,8 +321,7 @@ def load_asl(path, arch=None, folded=True):
         # our own files, marked, hold gammas that batch norm has trained, and may be negative
         own = content.get("norm") == "batch norm"
         network.load_state_dict(state if own else inplace_abn_gammas(state))
-        if own:
-            network.image_size = content["settings"]["image_size"]
+        network.image_size = content.get("settings", {}).get("image_size", network.image_size)
         names = content.get("idx_to_class", {i: str(i) for i in range(classes)})
         names = {int(i): name for i, name in names.items()}
         names = [names[i] for i in range(classes)]
@@ -402,10 +365,10 @@ class AsymmetricLoss(nn.Module):
         return -(positive + (1 - targets) * q**self.gamma_neg * log_1_q).sum()
 
 
-# --- data
-
-
 class Augmented(Dataset):
+    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout and RandAugment, in this order,
+    as the log trained: such items, too, of which the i-th is the same for a `seed`."""
+
     def __init__(self, photos, seed):
         self.photos, self.seed, self.rand_augment = photos, seed, RandAugment()
 
@@ -420,23 +383,16 @@ class Augmented(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
+augmented = Augmented
+
+
 def cutout(image):
-    """Draw a square of half the side, of any colour and with its middle anywhere, on a Pillow image
-    (DeVries & Taylor 2017, arXiv 1708.04552; the ASL repository)."""
+    """Draw a square of half the side, in any colour and place, on `image` (arXiv 1708.04552)."""
     side = image.width // 2
     left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
     colour = tuple(torch.randint(256, (3,)).tolist())
     ImageDraw.Draw(image).rectangle((left, top, left + side - 1, top + side - 1), colour)
     return image
-
-
-def augmented(photos, seed):
-    """`photos` through Cutout and RandAugment, in this order, as the log trained.
-
-    `photos`: anything whose item i is (3, S, S) float32 in [0, 1]. Returns a Dataset of the same
-    length and kind of items; item i is the same for a `seed` and i.
-    """
-    return Augmented(photos, seed)
 
 
 def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digits="auto", seed=0):
@@ -457,13 +413,13 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digi
             raise common.Failure(f"no photo of {split} has a label; raise --limit", 2)
         images, labels = common.Photos([photos.paths[i] for i in rows], image_size), labels[rows]
         what = f"labelled photos of COCO {split}"
-    unnamed = [str(i) for i in range(len(known))]
-    if names is None or names == unnamed:
-        return images, labels, known, what
+    names = names or known
     differ = sorted(set(names) ^ set(known))
     if differ:
-        text = f"the labels of the network are not {dataset}'s: only one of them has"
-        raise common.Failure(f"{text} {', '.join(differ[:3])[:99]}", 2)
+        odd = ", ".join(differ[:3])[:99]
+        raise common.Failure(
+            f"the network's labels are not {dataset}'s: one of them lacks {odd}", 2
+        )
     return images, labels[:, [known.index(name) for name in names]], names, what
 
 
@@ -474,15 +430,10 @@ def workers(images, device):
     return min(16, os.cpu_count()) if device.type == "cuda" else 1
 
 
-# --- training
-
-
 def training_batches(args, data, steps, total, device):
-    """The batches (images, labels) from step `steps` to `total`, the same ones after a resume.
-
-    `data`: digits and their labels, of which each step shows new scenes (with --limit, each epoch
-    the same); or photos and their labels, in a new order, and through new augmentation, each epoch.
-    """
+    """The batches (images, labels) from step `steps` to `total`, the same ones after a resume: of
+    `data`, digits, new scenes in each step (with --limit, the same in each epoch); of `data`,
+    photos, a new order, and new augmentation, in each epoch."""
     seed, per_epoch = args.seed * 1_000_003, total // args.epochs
     if args.dataset == "scenes":
         for step in range(steps, total):
@@ -507,29 +458,23 @@ def weights_path(args):
 
 
 def train(args, device):
-    """Train to the end; write checkpoint.pt, history.csv and, at `weights_path`, the best network.
-
-    That is the averaged one with the highest mAP, on validation scenes or val2017, at ten marks on
-    the way. Returns facts for the record. Raises Failure if --out holds another training.
-    """
+    """Train; write checkpoint.pt, history.csv and, at `weights_path`, the best network: that whose
+    average has the highest mAP on validation scenes, or val2017, at one of ten marks. Returns facts
+    for the record. Raises Failure if --out holds another training."""
+    path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
+    checkpoint = common.starting_point(path, "asl_model", shaping, args)
     place = args.dataset, args.data, args.image_size
     if args.dataset == "scenes":
         data, size = common.scene_digits(args.digits, args.data, "train")[1:], args.limit or EPOCH
         check = load_data(*place, "validation", None, min(1000, size), args.digits, args.seed)
     else:
-        images, labels, *rest = load_data(*place, args.split, limit=args.limit)
+        images, labels = load_data(*place, args.split, limit=args.limit)[:2]
         size = len(images)
-        data = (images[:] if size <= FIT_IN_MEMORY else images), labels
-        check = (
-            (*data, *rest)
-            if args.split == "val2017"
-            else load_data(*place, "val2017", limit=args.limit)
-        )
+        data = images[:] if size <= FIT_IN_MEMORY else images, labels
+        check = load_data(*place, "val2017", limit=args.limit)
     if size < args.batch_size:
-        text = f"--batch-size {args.batch_size} is more than the {size} training images"
-        raise common.Failure(text, 2)
+        raise common.Failure(f"--batch-size {args.batch_size}: there are only {size} images", 2)
     check_images, check_labels, names, what = check
-
     torch.manual_seed(args.seed)
     network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -537,11 +482,8 @@ def train(args, device):
     asl, bf16 = AsymmetricLoss(4, GAMMA_POS[args.dataset]), common.has_bf16(device)
     parts = {"network": network, "average": average, "adam": adam}
     weights, averages = (list(x.state_dict().values()) for x in (network, average))
-    steps, total, seconds, history = 0, args.epochs * (size // args.batch_size), 0.0, []
-    best, best_map = None, -1.0
-
-    path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
-    checkpoint = common.starting_point(path, "asl_model", shaping, args)
+    total = args.epochs * (size // args.batch_size)
+    steps, seconds, history, best, best_map = 0, 0.0, [], None, -1.0
     if checkpoint:
         with common.advise(path, ANEW):
             for name, part in parts.items():
@@ -569,13 +511,11 @@ def train(args, device):
         seconds = time.time() - start
         bar.update()
         if steps % 20 == 0:
-            text = f"{loss.item() / len(images):.3g}"
-            bar.set_postfix(loss=text, best_mAP=f"{max(best_map, 0):.2%}", refresh=False)
+            bar.set_postfix(loss=f"{loss.item() / len(images):.3g}", refresh=False)
         if steps not in marks and time.time() - saved < SAVE_EVERY:
             continue
         if not all(x.isfinite().all() for x in [loss, *network.parameters()]):
-            text = f"the loss or a weight is not a finite number at step {steps:,}"
-            raise common.Failure(f"{text}; it was not saved; train anew with a lower --lr")
+            raise common.Failure(f"no finite loss or weight at step {steps:,}; try a lower --lr")
         if steps in marks:
             probabilities = predict(fold(average), check_images, device)
             mean_ap = float(average_precision(probabilities, check_labels.numpy()).mean())
@@ -589,14 +529,12 @@ def train(args, device):
         common.save_checkpoint(path, checkpoint | {"best": best, "best_mAP": best_map})
         saved = time.time()
     bar.close()
-
-    facts = {"mAP": best_map, "mAP_on": what, "settings": shaping}
-    content = {"model": best, "norm": "batch norm", "num_classes": len(names), **facts}
-    content["idx_to_class"] = dict(enumerate(names))
-    common.write_history(args.out / "history.csv", history)
+    content = {"model": best, "norm": "batch norm", "num_classes": len(names)}
+    content |= {"idx_to_class": dict(enumerate(names)), "settings": shaping, "mAP": best_map}
     common.save_checkpoint(weights_path(args), content)
-    print(f"trained for {total:,} steps, {seconds:,.0f} s; {weights_path(args)} holds the best")
-    print(f"network, of mAP {best_map:.2%} on {len(check_images):,} {what}")
+    common.write_history(args.out / "history.csv", history)
+    print(f"trained for {total:,} steps, {seconds:,.0f} s; the best network is of mAP", end=" ")
+    print(f"{best_map:.2%} on {len(check_images):,} {what}: {weights_path(args)}")
     facts = {"dataset_size": size, "bf16": bf16, "steps": total, "training_seconds": seconds}
     return facts | {"best_mAP": best_map, "best_mAP_on": what}
 
@@ -604,9 +542,8 @@ def train(args, device):
 def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
     """(Network, class names, mAP, path) of the classifier of 64-pixel scenes that `out` holds.
 
-    If there is none, it is trained by the default settings, minutes on two CPU cores; a training
-    that was stopped is resumed. `mAP`: on validation scenes. Raises Failure for a file made with
-    other settings.
+    If there is none, it is trained by the default settings, minutes on two CPU cores, or that
+    training resumed. `mAP`: on validation scenes. Raises Failure for a file of other settings.
     """
     device = torch.device(device)
     flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
@@ -635,10 +572,8 @@ def predict(network, images, device, batch=32):
 
 
 def average_precision(probabilities, labels):
-    """Per class, the mean over its positives of the precision at their rank; 0 if it has none.
-
-    NumPy arrays (N, L) -> (L,), as the ASL repository has it; mAP is the mean.
-    """
+    """The mean over each class's positives of the precision at their rank, 0 if it has none, as the
+    ASL repository has it: NumPy arrays (N, L) -> (L,), whose mean is mAP."""
     order = np.argsort(-probabilities, axis=0, kind="stable")
     hits = np.take_along_axis(labels, order, 0) > 0
     precision = hits.cumsum(0) / np.arange(1, len(labels) + 1)[:, None]
@@ -646,52 +581,24 @@ def average_precision(probabilities, labels):
 
 
 def measure(probabilities, labels, threshold):
-    """The report's numbers, from NumPy arrays (N, L).
+    """Print and return the report's numbers, from NumPy arrays (N, L).
 
-    A class that no image has counts as 0 in mAP, as the ASL repository has it; `mAP_present` leaves
-    it out. OP, OR: precision and recall over all labels. `exact`: images with every label right.
+    A class that no image has counts as 0 in `mAP` and is left out of `mAP_present`. OP, OR: of all
+    labels predicted, or present, those right. `exact`: of all images, those with no label wrong.
     """
     predicted, actual = probabilities > threshold, labels > 0
-    ap, right = average_precision(probabilities, labels), predicted & actual
-    return {
-        "n": len(labels),
-        "classes_present": int(actual.any(0).sum()),
-        "mAP": float(ap.mean()),
-        "mAP_present": float(ap[actual.any(0)].mean()) if actual.any() else 0.0,
-        "labels_predicted": int(predicted.sum()),
-        "labels_present": int(actual.sum()),
-        "OP": common.wilson(right.sum(), predicted.sum()),
-        "OR": common.wilson(right.sum(), actual.sum()),
-        "exact": common.wilson((predicted == actual).all(1).sum(), len(labels)),
-    }
-
-
-def evaluate(network, data, args, device):
-    """Print and return `measure`'s numbers on data (images, labels, class names, what)."""
-    images, labels, _, what = data
-    start = time.perf_counter()
-    probabilities = predict(network.to(device), images, device)
-    speed = len(images) / (time.perf_counter() - start)
-    numbers = measure(probabilities, labels.numpy(), args.threshold)
-    rates = {name: common.cell(numbers[name]) for name in ("OP", "OR", "exact")}
-    print(f"{len(images):,} {what}, {speed:,.0f} a second: mAP {numbers['mAP']:.2%},", end=" ")
-    print(f"{numbers['mAP_present']:.2%} over the {numbers['classes_present']} classes that occur")
-    print(f"    {numbers['labels_predicted']:,} labels are predicted: {rates['OP']} of them right")
-    print(f"    {numbers['labels_present']:,} labels are present: {rates['OR']} of them predicted")
-    print(f"    every label right: {rates['exact']} of the images")
-    return numbers | {"images": what, "images_per_second": speed}
-
-
-def show(network, names, args, device):
-    """--image: print the labels present, or else the nearest to it."""
-    photo = common.Photos([args.image], args.image_size or network.image_size)
-    p = predict(network.to(device), photo[:], device)[0]
-    if not (p > args.threshold).any():
-        print(f"no label above {args.threshold}; the nearest is {names[p.argmax()]}, {p.max():.3f}")
-    labels = {names[i]: float(p[i]) for i in np.argsort(-p) if p[i] > args.threshold}
-    for name, probability in labels.items():
-        print(f"{probability:.3f}  {name}")
-    return {"labels": labels}
+    ap, right, present = average_precision(probabilities, labels), predicted & actual, actual.any(0)
+    numbers = {"n": len(labels), "classes_present": int(present.sum()), "mAP": float(ap.mean())}
+    numbers["mAP_present"] = float(ap[present].mean()) if present.any() else 0.0
+    numbers["OP"] = common.wilson(right.sum(), predicted.sum())
+    numbers["OR"] = common.wilson(right.sum(), actual.sum())
+    numbers["exact"] = common.wilson((predicted == actual).all(1).sum(), len(labels))
+    op, recall, exact = (common.cell(numbers[name]) for name in ("OP", "OR", "exact"))
+    print(f"    mAP {numbers['mAP']:.2%}, {numbers['mAP_present']:.2%} over the classes present")
+    print(f"    {predicted.sum():,} labels are predicted: {op} of them right")
+    print(f"    {actual.sum():,} labels are present: {recall} of them predicted")
+    print(f"    every label right: {exact} of the images")
+    return numbers
 
 
 def main(argv=None):
@@ -711,12 +618,20 @@ def main(argv=None):
     else:
         network, names, _, path = scenes_classifier(args.data, device=device, digits=args.digits)
     facts |= {"weights": str(path), "arch": network.arch}
+    network, size, numbers = network.to(device), args.image_size or network.image_size, {}
     if args.image:
-        return common.write_results(args, show(network, names, args, device), **facts)
-    place, numbers = (args.dataset, args.data, args.image_size or network.image_size), {}
+        p = predict(network, common.Photos([args.image], size)[:], device)[0]
+        order = np.argsort(-p)
+        numbers["labels"] = {names[i]: float(p[i]) for i in order if p[i] > args.threshold}
+        for i in order[: len(numbers["labels"]) + 3]:
+            print(f"{p[i]:.3f}  {names[i]}", "" if p[i] > args.threshold else "(not present)")
+        return common.write_results(args, numbers, **facts)
     for split in dict.fromkeys(splits):
-        data = load_data(*place, split, names, args.limit, args.digits, args.seed)
-        numbers[split] = evaluate(network, data, args, device)
+        how = size, split, names, args.limit, args.digits, args.seed
+        images, labels, _, what = load_data(args.dataset, args.data, *how)
+        print(f"{len(images):,} {what}")
+        probabilities = predict(network, images, device)
+        numbers[split] = measure(probabilities, labels.numpy(), args.threshold) | {"images": what}
     return common.write_results(args, numbers, **facts)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torchvision.datasets import mnist
 from tqdm import tqdm
 
 START = time.time()
@@ -65,7 +67,7 @@ def run(main):
         return
     except (Failure, OSError) as problem:
         # from a DataLoader's worker comes a traceback, whose last line is the message
-        line, code = str(problem).strip().splitlines()[-1], getattr(problem, "code", 1)
+        line, code = f"error\n{problem}".strip().splitlines()[-1], getattr(problem, "code", 1)
     except KeyboardInterrupt:
         line, code = "interrupted; a training goes on with --resume", 130
     except (MemoryError, RuntimeError) as problem:
@@ -73,7 +75,7 @@ def run(main):
             raise
         line, code = "not enough memory; lower --batch-size, or use --device cpu", 1
     line = line.removeprefix("common.Failure: ")
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {line[:270]}", file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a closed stdout would complain once more
     sys.exit(code)
 
@@ -85,8 +87,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each flag's default, where it has a fixed one."""
 
     def _get_help_string(self, action):
-        fixed = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if fixed else action.help
+        varies = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help if varies else f"{action.help} (default: %(default)s)"
 
 
 def parser(doc, out, dataset, datasets, dataset_help, limit_help=None, trains=False):
@@ -134,11 +136,11 @@ def pick_device(name):
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same result
     torch.backends.cudnn.allow_tf32 = False  # measured in float32 means float32
     rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: a GPU for each process
-    usable = {"cuda": rank < torch.cuda.device_count(), "mps": torch.mps.is_available()}
-    usable["cpu"] = True
+    gpus = torch.cuda.device_count()
+    present = {"cuda": gpus > 0, "mps": torch.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in usable if usable[kind])
-    if not usable[name]:
+        name = next(kind for kind in present if present[kind])
+    if not present[name] or (name == "cuda" and rank >= gpus):
         raise Failure(f"--device {name}: process {rank} finds none here; use --device cpu", 2)
     return torch.device(name, rank) if name == "cuda" else torch.device(name)
 
@@ -155,7 +157,7 @@ def progress(*args, **kwargs):
     form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
     how = {"bar_format": form, "mininterval": 0.1}
     if not sys.stderr.isatty():
-        how = {"bar_format": form + "\n", "mininterval": 30, "delay": 30}
+        how = {"bar_format": form[:-9] + "\n", "mininterval": 30, "delay": 30}
     return tqdm(*args, **how, ncols=100, leave=False, **kwargs)
 
 
@@ -214,10 +216,11 @@ def starting_point(path, kind, settings, args):
         return None
     advice = "choose another --out, or overwrite it with --force"
     checkpoint = load_checkpoint(path, kind, advice)
-    old = checkpoint.get("settings", {})
+    with advise(path, advice):
+        old = dict(checkpoint["settings"])
     differ = [f"{k} {old.get(k)}, not {settings[k]}" for k in settings if old.get(k) != settings[k]]
     if differ:
-        raise Failure(f"{path} was made with {'; '.join(differ[:3])}; {advice}", 2)
+        raise Failure(f"{path} was made with {'; '.join(differ[:3])[:120]}; {advice}", 2)
     return checkpoint if args.resume else None
 
 
@@ -256,14 +259,15 @@ def write_history(path, rows):
 
 def write_results(args, numbers, **facts):
     """Write `results.json`: command, settings, versions, facts and numbers; returns it all."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty 2>{os.devnull}"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     record = {
         "command": " ".join(["python", *sys.argv]),
         "settings": vars(args),
         **facts,
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, scipy, PIL)},
-        "git": subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip(),
+        "git": git and git.stdout.strip(),
         "seconds": round(time.time() - START, 1),
         **numbers,
     }
@@ -288,7 +292,7 @@ def download(url, path, sha256=""):
             content = b"".join(progress(blocks, f"{path.name}, blocks of 1 MB", disable=photo))
         digest = hashlib.sha256(content).hexdigest()
         if size not in (None, len(content)) or not digest.startswith(sha256):
-            raise OSError(f"{len(content):,} of {size:,} bytes came, of SHA-256 {digest[:8]}...")
+            raise OSError(f"{len(content)} of {size or '?'} bytes came, SHA-256 {digest[:8]}...")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: file.write(content))
     return path
@@ -423,10 +427,12 @@ def load_mnist(data_dir, train=True):
     advice = f"put {' and '.join(files)} there" if absent else "delete both"
     socket.setdefaulttimeout(20 if absent else None)  # torchvision would wait for ever
     with advise(problem, f"{advice}, or use --dataset glyphs"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            digits = torchvision.datasets.MNIST(data_dir, train, download=absent)
-        images, labels = digits.data, digits.targets
-        if images.shape[1:] != (28, 28) or len(images) != len(labels):
+        if absent:
+            with contextlib.redirect_stdout(io.StringIO()):
+                torchvision.datasets.MNIST(data_dir, download=True)
+        images = mnist.read_image_file(str(folder / files[0]))
+        labels = mnist.read_label_file(str(folder / files[1]))
+        if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
             raise ValueError(f"not MNIST: {tuple(images.shape)}, {len(labels)} labels")
     return images.unsqueeze(1).float() / 255, labels.long()
 
@@ -571,8 +577,9 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         categories = {category["id"]: category["name"] for category in content["categories"]}
         # a name such as ../../x would have a file outside the folder read, or overwritten
         hostile = [name for name in images.values() if not re.fullmatch(r"[\w-]+\.\w+", name)]
+        hostile += [name for name in categories.values() if not name.isprintable()]
         if hostile or not images or len(set(images.values())) < len(content["images"]):
-            raise ValueError(f"no photo, one twice, or no file name: {str(hostile)[:60]}")
+            raise ValueError(f"no photo, one twice, or no plain name: {str(hostile)[:60]}")
         row = {key: i for i, key in enumerate(sorted(images))}
         column = {key: i for i, key in enumerate(sorted(categories))}
         labels = torch.zeros(len(row), len(column))

@@ -252,10 +252,10 @@ LOSS = {"softmax-ce": softmax_ce, "bce": bce, "softmax-bce": softmax_bce, "margi
 
 
 class Row(NamedTuple):
-    """An attack on a classifier of several labels: a row of a table."""
+    """An attack: a row of a table."""
 
     name: str
-    loss: str | None  # of LOSS; None: no PGD, but uniform noise of size eps
+    loss: str | None  # of LOSS, or one of week 4's; None: no PGD, but uniform noise of size eps
     eps: float
     gradient: str = "right"
     alpha: float = 2 / 255
@@ -402,22 +402,12 @@ class Labels(NamedTuple):
 # --- week 4: the rows of the table
 
 
-class ClassRow(NamedTuple):
-    """An attack on a classifier of one label: a row of week 4's table."""
-
-    name: str
-    wanted: str | None  # "class": cross-entropy; "one-hot", "raw logits": softmax_bce; None: no PGD
-    eps: float
-    gradient: str = "right"
-    normalised: bool = True  # as logged: mean and std out first, eps and [0, 1] in that space
-    alpha: float = 2 / 255
-    steps: int = 40
-
-
+# the loss "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of the
+# logits with the target's set to 1, "class" cross-entropy; without one there is only the cut
 WEEK_4 = (
-    ClassRow("cut alone", None, 0.3),  # what the clamp to [0, 1] in normalised space does by itself
-    ClassRow("single photo's", "one-hot", 0.3),  # "very effective"
-    ClassRow("batch's", "raw logits", 0.3),  # "little influence"
+    Row("cut alone", None, 0.3),
+    Row("single photo's", "one-hot", 0.3),  # "very effective"
+    Row("batch's", "raw logits", 0.3),  # "little influence"
 )
 LEAD = 0.5  # in logits: an image is done when the target leads all other classes by it
 
@@ -445,19 +435,19 @@ class TopClass(NamedTuple):
     def attack(self, network, images, logits, row):
         """`row`'s attack on images (N, C, S, S) with prediction logits (N, L) -> images."""
         targets = torch.full((len(images),), self.target, device=images.device)
-        if not row.normalised:
+        if row.loss == "class":
             loss = functools.partial(F.cross_entropy, reduction="none")
             how = row.eps, row.alpha, row.steps
             return pgd(network, images, targets, loss, *how, early_stop=target_leads)
         wanted = F.one_hot(targets, logits.shape[1]).float()
-        if row.wanted == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
+        if row.loss == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
             wanted = logits.clone()
             wanted[:, self.target] = 1
         images = (images - self.mean) / self.std
         # the other fault: [0, 1] is the range of pixels, and here it cuts normalised values
         low, high = (images - row.eps).clamp(0, 1), (images + row.eps).clamp(0, 1)
         moved = images.clamp(0, 1)
-        for _ in range(row.steps if row.wanted else 0):
+        for _ in range(row.steps if row.loss else 0):
             moved.requires_grad_()
             loss = softmax_bce(network(moved * self.std + self.mean), wanted)
             (gradient,) = torch.autograd.grad(loss.sum(), moved)
@@ -497,18 +487,6 @@ def target_leads(logits, targets):
 
 
 # --- networks and images
-
-
-class GreyDigits(nn.Module):
-    """Images of any size, (N, 1 or 3, H, W) in [0, 1] -> week 1's digit reader's logits (N, 10)."""
-
-    def __init__(self, reader):
-        super().__init__()
-        self.reader = reader
-
-    def forward(self, images):
-        grey = images.mean(1, keepdim=True)
-        return self.reader(F.interpolate(grey, (28, 28), mode="bilinear", antialias=True))
 
 
 def own_network(spec):
@@ -585,7 +563,10 @@ def join_processes(device):
     """(rank, number) of torchrun's processes; (0, 1) without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
 
@@ -798,7 +779,7 @@ def load_single_label(args, device):
     if args.model == "digits":
         name, images, labels = common.load_digits(args.digits, args.data)
         reader = acwgan.digit_reader(args.out, name, images.to(device), labels.to(device))
-        network, names, size = GreyDigits(reader), list("0123456789"), 28
+        network, names, size = reader, list("0123456789"), 28
         mean, std = torch.tensor([0.1307, 0.3081])  # MNIST's
         datasets = ["scenes", name]
     else:
@@ -818,14 +799,15 @@ def load_single_label(args, device):
             images, what = common.Photos(images.paths, size, cropped), f"coco {args.split}"
         elif dataset == "scenes":
             how = n, 64, args.seed, args.digits, args.data, "test"
-            images = common.load_scenes(*how)[0]
+            images = common.load_scenes(*how)[0].mean(1, keepdim=True)
+            images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True)
         else:
             what, images, truth = common.load_digits(dataset, args.data, False)
             images, truth = images[:n], truth[:n]
         sets.append((dataset, images, truth, what))
     target = asl_model.label_index(args.target, names)
     goal = TopClass(names, target, mean.to(device), std.to(device))
-    right = ClassRow("right", "class", args.eps, args.gradient, False, args.alpha, args.steps)
+    right = Row("right", "class", args.eps, args.gradient, args.alpha, args.steps)
     rows = (right,)
     if args.week:
         rows = (*WEEK_4, right._replace(name="right pinned", gradient=PINNED), right)
