@@ -507,7 +507,7 @@ def main(argv=None):
     samples, numbers = measure(training, args, reader, *tensors)
     if args.inception:
         numbers |= inception_fid(weights, samples, test_images)
-    common.print_table(("week 1", dataset), numbers.items())
+    common.print_table((f"week 1 on {dataset}, in {args.out}", ""), numbers.items())
     save_samples(args.out / "samples.npz", samples, torch.arange(len(samples)) % CLASSES)
     blank = torch.full_like(samples[:8], 0.3)
     real = [test_images[test_labels == digit][:4] for digit in range(CLASSES)]

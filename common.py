@@ -157,7 +157,8 @@ def progress(*args, **kwargs):
     form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
     how = {"bar_format": form, "mininterval": 0.1}
     if not sys.stderr.isatty():
-        how = {"bar_format": form[:-9] + "\n", "mininterval": 30, "delay": 30}
+        # maxinterval: or tqdm's own watch would print a line every ten seconds
+        how = {"bar_format": form[:-9] + "\n", "mininterval": 30, "maxinterval": 60, "delay": 30}
     return tqdm(*args, **how, ncols=100, leave=False, **kwargs)
 
 

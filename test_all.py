@@ -2684,8 +2684,8 @@ def test_attacks_that_make_no_sense_are_refused_in_one_line(attackable, tiny_coc
         pgd_attack.main([*attackable, *folders, "--target", "13"])
     with pytest.raises(common.Failure, match="network's labels are not coco's"):
         pgd_attack.main([*attackable, *folders, "--dataset", "coco"])
+    flags = ["--image", str(tmp_path / "none.jpg"), *attackable[6:8], *folders]
     with pytest.raises(common.Failure, match=r"none\.jpg"):
-        flags = ["--image", str(tmp_path / "none.jpg"), *attackable[6:8], *folders]
         pgd_attack.main([*flags, "--target", "3", "--device", "cpu"])
     content = torch.load(attackable[7], weights_only=True)
     content["model"]["head.fc.weight"].fill_(1e38)
