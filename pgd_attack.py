@@ -394,9 +394,9 @@ class Labels(NamedTuple):
             lost = f"{row['others_lost']:.1%}"
             lines.append([name, *changes, row["target_switched"], row["exact"], lost])
         print()
-        head = "after (of before)", "target", "all labels", "switched", "exact", "others lost"
+        head = "after (of before)", "target", "all labels", "switched", "exact", "lost"
         common.print_table(head, lines)
-        print("exact: switched, all else as before; others lost: share of the other labels")
+        print("exact: switched, all else as before; lost: share of the other labels that were on")
 
 
 # --- week 4: the rows of the table
