@@ -466,12 +466,12 @@ def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint in --out."""
     path, training = args.out / "checkpoint.pt", Training(args, device)
     training.load(path, common.load_checkpoint(path, "acwgan", ANEW))
-    labels = torch.arange(args.sample, device=device) % CLASSES
-    if args.digit is not None:
-        labels = torch.full_like(labels, args.digit)
+    turn = torch.arange(args.sample, device=device) % CLASSES
+    labels = turn if args.digit is None else torch.full_like(turn, args.digit)
     images = generate(training.average, labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
     save_grid(args.out / "drawn.png", images[:1000], 20)
+    print(f"{args.out} holds drawn.npz and drawn.png, {len(images):,} digits")
     return images
 
 

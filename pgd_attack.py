@@ -108,7 +108,8 @@ def settings(argv=None):
     if args.augment and args.dataset != "coco":
         p.error("--augment is of --dataset coco")
 
-    kind = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
+    kind = "image" if args.image else "sweep" if args.sweep else "attack"
+    kind = f"week{args.week}" if args.week else kind
     subject = args.image.stem if args.image else args.dataset or ("digits" if small else "photos")
     args.out = args.out or Path("runs/pgd_attack", f"{kind}-{subject}")
     if args.target is None:
