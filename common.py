@@ -113,7 +113,7 @@ def whole(least):
     """An argparse type: a whole number from `least` up."""
 
     def number(text):
-        if int(text) < least:
+        if not least <= int(text) < 2**63:
             raise ValueError
         return int(text)
 
@@ -200,9 +200,13 @@ def load_checkpoint(path, kind, advice):
     Only tensors and plain values are unpickled: a hostile file is refused, not run. Raises Failure
     if it is absent, damaged, or its "kind" another one.
     """
-    with warnings.catch_warnings(action="ignore"), advise(f"checkpoint {path}", advice):
+    content = None
+    with warnings.catch_warnings(action="ignore"), advise(path, advice):
         file = io.BytesIO(Path(path).read_bytes())
-        content = dict(torch.load(file, map_location="cpu", weights_only=True))
+        with contextlib.suppress(Exception):  # torch's many kinds, whose texts are no help
+            content = dict(torch.load(file, map_location="cpu", weights_only=True))
+    if content is None:
+        raise Failure(f"{path} is damaged, or no checkpoint; {advice}")
     if kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
     return content
@@ -287,9 +291,8 @@ def download(url, path, sha256=""):
     with advise(f"could not download {url}", f"put that file at {path}"):
         with urllib.request.urlopen(url, timeout=20) as answer:
             size, blocks = answer.length, iter(lambda: answer.read(1 << 20), b"")
-            photo = (
-                size is not None and size < 10**7
-            )  # they come in hundreds, under a bar of theirs
+            # photos come in hundreds, under one bar for all
+            photo = size is not None and size < 10**7
             content = b"".join(progress(blocks, f"{path.name}, blocks of 1 MB", disable=photo))
         digest = hashlib.sha256(content).hexdigest()
         if size not in (None, len(content)) or not digest.startswith(sha256):
