@@ -694,9 +694,10 @@ def test_any_error_ends_in_one_short_line(monkeypatch, capsys, problem):
 def test_class_names_are_text_that_a_terminal_can_show(tmp_path):
     folder = tmp_path / "coco" / "annotations"
     folder.mkdir(parents=True)
-    for name in ('"\\u001b[2J"', "5"):
-        text = f'{{"images": [{{"id": 1, "file_name": "a.jpg"}}], "annotations": [], "categories": [{{"id": 1, "name": {name}}}]}}'  # noqa: E501
-        (folder / "instances_val2017.json").write_text(text)
+    for name in ("\u001b[2J", 5):
+        content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
+        content["categories"] = [{"id": 1, "name": name}]
+        (folder / "instances_val2017.json").write_text(json.dumps(content))
         with refused("is damaged"):
             common.load_coco(tmp_path, 32)
 
