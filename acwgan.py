@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import common
@@ -36,12 +37,14 @@ SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that a resumed run doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
 ANEW = "train anew with --force"
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
 def settings(argv=None):
     """The flags [the log's value]. --resume and --sample take the defaults from the checkpoint."""
     names, about = ("auto", "mnist", "glyphs"), "auto: mnist, or glyphs where that can't be had"
-    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, trains=True)
+    limit = "use only the first N training images"
+    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, limit, trains=True)
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
     add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
@@ -209,6 +212,28 @@ def set_random_state(state, device):
         RANDOM[kind].set_rng_state(state[kind])
 
 
+def starting_point(path, kind, settings, args):
+    """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
+
+    One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure.
+    """
+    if args.force or not path.exists():
+        return None
+    advice = "choose another --out, or overwrite it with --force"
+    checkpoint = common.load_checkpoint(path, kind, advice)
+    old = checkpoint.get("settings", {})
+    differ = [f"{k} {old.get(k)}, not {settings[k]}" for k in settings if old.get(k) != settings[k]]
+    if differ:
+        raise common.Failure(f"{path} was made with {'; '.join(differ[:3])[:120]}; {advice}", 2)
+    return checkpoint if args.resume else None
+
+
+def write_history(path, rows):
+    """Write a training's curve, dictionaries with the same keys, as CSV."""
+    lines = [",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]]
+    common.write_file(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
+
+
 class Training:
     """The networks, their optimisers and the position of a run: what a checkpoint holds."""
 
@@ -305,7 +330,7 @@ def train(training, args, settings, images, labels):
             if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
                 raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
             training.save(args.out / "checkpoint.pt", settings)
-            common.write_history(args.out / "history.csv", training.history)
+            write_history(args.out / "history.csv", training.history)
             saved = time.time()
 
 
@@ -462,6 +487,33 @@ def save_grid(path, images, columns):
     common.write_file(path, lambda file: torchvision.utils.save_image(page, file, "png"))
 
 
+def plot(title, x_label, y_label, series, joined=True):
+    """A picture, 430 x 330 pixels, of series {name: (x, y)}, sequences of numbers from 0 up."""
+    page = Image.new("RGB", (430, 330), "white")
+    ink, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    top_x, top_y = (max(max(xy[axis]) for xy in series.values()) or 1 for axis in (0, 1))
+
+    def place(x, y):
+        return 50 + 350 * x / top_x, 280 - 230 * y / top_y
+
+    ink.text((215, 6), title, "black", font, "mt")
+    ink.text((225, 326), x_label, "black", font, "mb")
+    ink.text((8, 40), y_label, "black", font, "lb")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = place(share * top_x, share * top_y)
+        ink.line((50, y, 400, y), "lightgrey")
+        ink.text((45, y), f"{share * top_y:.3g}", "black", font, "rm")
+        ink.text((x, 286), f"{share * top_x:.3g}", "black", font, "mt")
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        colour, points = COLOURS[i % len(COLOURS)], list(map(place, xs, ys))
+        if joined:
+            ink.line(points, colour, 2)
+        for x, y in points:
+            ink.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        ink.text((60, 50 + 15 * i), name, colour, font)
+    return page
+
+
 def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint in --out."""
     path, training = args.out / "checkpoint.pt", Training(args, device)
@@ -491,14 +543,14 @@ def main(argv=None):
     kept |= {"data": str(args.data), **facts}
     shaping = {name: value for name, value in kept.items() if name not in MAY_DIFFER}
     path = args.out / "checkpoint.pt"
-    checkpoint = common.starting_point(path, "acwgan", shaping, args)
+    checkpoint = starting_point(path, "acwgan", shaping, args)
     training = Training(args, device)
     if checkpoint:
         training.load(path, checkpoint)
     weights = args.data / common.INCEPTION
     if args.inception:
         common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-        common.inception_network(weights)  # a damaged file is reported before the training
+        common.inception_features(images[:1], weights)  # a damaged file ends the run now
     _, test_images, test_labels = common.load_digits(dataset, args.data, False)
     tensors = [x.to(device) for x in (images, labels, test_images, test_labels)]
     images, labels, test_images, test_labels = tensors

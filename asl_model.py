@@ -22,6 +22,8 @@ import copy
 import difflib
 import math
 import os
+import re
+import runpy
 import time
 from pathlib import Path
 
@@ -31,9 +33,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, StackDataset
+from torchvision import models, transforms
 from torchvision.ops import SqueezeExcitation
 from torchvision.transforms import RandAugment
 
+import acwgan
 import common
 
 # blocks of the four stages, width (of 64 channels), pixels the weights are for
@@ -330,6 +334,60 @@ def load_asl(path, arch=None, folded=True):
     return fold(network) if folded else network.eval(), names
 
 
+def own_network(spec):
+    """(network, class names) of the user's `FILE.py:FUNCTION`; Failure otherwise."""
+    path, _, function = spec.rpartition(":")
+    advice = "FUNCTION() of FILE.py must return (network, class names, image size)"
+    with common.advise(f"--model {spec}", advice), torch.no_grad():
+        network, names, size = runpy.run_path(path)[function]()
+        network, names = network.eval(), [str(name) for name in names]
+        shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
+        if shape != (1, len(names)):
+            raise ValueError(f"logits {shape} of one image for {len(names)} class names")
+    network.image_size = size
+    return network, names
+
+
+def torchvision_network(args):
+    """(network of images in [0, 1], class names, mean, std) of one of torchvision's classifiers."""
+    known = models.list_models(models)
+    if args.model not in known:
+        label_index(args.model, ["asl", "digits", *known], "models")
+    published = models.get_model_weights(args.model).DEFAULT
+    name, path = published.url.rpartition("/")[2], args.weights
+    if path:
+        print(f"{path} is not the file that torchvision publishes for {args.model}")
+    else:
+        path = common.download(published.url, args.data / name, name.rpartition("-")[2][:8])
+    network, advice = models.get_model(args.model, weights=None), "name another with --weights"
+    with common.advise(f"{path} is no state dict of torchvision's {args.model}", advice):
+        network.load_state_dict(common.load_checkpoint(path, None, advice))
+    how = published.transforms()
+    network = nn.Sequential(transforms.Normalize(how.mean, how.std), network)
+    network.image_size = how.crop_size[0]
+    mean, std = torch.tensor([how.mean, how.std])[..., None, None]
+    return network, published.meta["categories"], mean, std
+
+
+def load_imagenet(data_dir, class_names, limit=None):
+    """The paths of ImageNet's photos in `data_dir`/imagenet, and their classes (N,) int64.
+
+    The class, an index into `class_names`, is in the file's name (n01440764_tench.JPEG), or, where
+    all classes have a folder (n01440764/x.JPEG), the folder's rank; -1 where neither says it.
+    """
+    folder, endings = Path(data_dir) / "imagenet", {".jpeg", ".jpg", ".png"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:limit]
+    if not paths:
+        raise common.Failure(f"no photo in {folder}; put some there, named n01440764_tench.JPEG")
+    folders = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"n\d{8}", path.name))
+    if len(folders) == len(class_names):
+        return paths, torch.tensor([folders.index(path.parent.name) for path in paths])
+    # two kinds of crane and of maillot share a name
+    unique = [name if class_names.count(name) == 1 else None for name in class_names]
+    stems = [path.stem.partition("_")[2].replace("_", " ") for path in paths]
+    return paths, torch.tensor([unique.index(x) if x in unique else -1 for x in stems])
+
+
 def label_index(name, names, what="labels"):
     """The place of `name` among `names`; Failure, with the nearest ones, if it is none of them."""
     if name in names:
@@ -403,8 +461,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digi
     validation or test, of COCO val2017 or train2017. Raises Failure if `names` are other labels.
     """
     if dataset == "scenes":
-        source, *drawn = common.scene_digits(digits, data_dir, split)
-        images, labels = common.compose_scenes(*drawn, limit or 2000, image_size, seed)
+        source, place = common.scene_digits(digits, data_dir, split)[0], (digits, data_dir, split)
+        images, labels = common.load_scenes(limit or 2000, image_size, seed, *place)
         known, what = list("0123456789"), f"scenes of {source}'s {split} digits"
     else:
         photos, labels, known = common.load_coco(data_dir, image_size, limit, split)
@@ -438,7 +496,8 @@ def training_batches(args, data, steps, total, device):
     if args.dataset == "scenes":
         for step in range(steps, total):
             number = step % per_epoch if args.limit else step
-            yield common.compose_scenes(*data, args.batch_size, args.image_size, seed + number)
+            how = args.image_size, seed + number, args.digits, args.data
+            yield common.load_scenes(args.batch_size, *how)
         return
     photos, labels = data
     first_epoch, done = divmod(steps, per_epoch)
@@ -462,10 +521,10 @@ def train(args, device):
     average has the highest mAP on validation scenes, or val2017, at one of ten marks. Returns facts
     for the record. Raises Failure if --out holds another training."""
     path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
-    checkpoint = common.starting_point(path, "asl_model", shaping, args)
+    checkpoint = acwgan.starting_point(path, "asl_model", shaping, args)
     place = args.dataset, args.data, args.image_size
     if args.dataset == "scenes":
-        data, size = common.scene_digits(args.digits, args.data, "train")[1:], args.limit or EPOCH
+        data, size = None, args.limit or EPOCH
         check = load_data(*place, "validation", None, min(1000, size), args.digits, args.seed)
     else:
         images, labels = load_data(*place, args.split, limit=args.limit)[:2]
@@ -532,7 +591,7 @@ def train(args, device):
     content = {"model": best, "norm": "batch norm", "num_classes": len(names)}
     content |= {"idx_to_class": dict(enumerate(names)), "settings": shaping, "mAP": best_map}
     common.save_checkpoint(weights_path(args), content)
-    common.write_history(args.out / "history.csv", history)
+    acwgan.write_history(args.out / "history.csv", history)
     print(f"trained for {total:,} steps, {seconds:,.0f} s; the best network is of mAP", end=" ")
     print(f"{best_map:.2%} on {len(check_images):,} {what}: {weights_path(args)}")
     facts = {"dataset_size": size, "bf16": bf16, "steps": total, "training_seconds": seconds}

@@ -1,15 +1,14 @@
-"""What every script shares: flags, device, files and records, FID, data. It knows no experiment."""
+"""What every script shares: errors, flags, device; files and records; FID; data."""
 
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import socket
@@ -30,13 +29,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
-from torchvision.datasets import mnist
 from tqdm import tqdm
 
 START = time.time()
-
-# --- errors, for people
 
 
 class Failure(Exception):
@@ -74,13 +69,10 @@ def run(main):
         if not re.search("out of memory|can't allocate memory|^$", str(problem)):
             raise
         line, code = "not enough memory; lower --batch-size, or use --device cpu", 1
-    line = line.removeprefix("common.Failure: ")
-    print(f"{Path(sys.argv[0]).name}: error: {line[:270]}", file=sys.stderr)
+    line = line.removeprefix("common.Failure: ")[:270]
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a closed stdout would complain once more
     sys.exit(code)
-
-
-# --- flags and device
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -91,10 +83,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help if varies else f"{action.help} (default: %(default)s)"
 
 
-def parser(doc, out, dataset, datasets, dataset_help, limit_help=None, trains=False):
+def parser(doc, out, dataset, datasets, dataset_help, limit_help, trains=False):
     """An argparse parser with the flags of every script; `trains`: --resume and --force, too."""
     p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
-    limit_help = limit_help or "use only the first N training images"
     add = p.add_argument
     add("--data", type=Path, default=Path("data"), help="folder of datasets and weights")
     add("--out", type=Path, default=out, help="folder for what this run writes")
@@ -162,9 +153,6 @@ def progress(*args, **kwargs):
     return tqdm(*args, **how, ncols=100, leave=False, **kwargs)
 
 
-# --- files and records
-
-
 def make_folder(folder):
     """Create `folder` and prove that it can be written, before any work is done."""
     with advise(folder, "it can't be written; choose another folder with --out"):
@@ -173,60 +161,31 @@ def make_folder(folder):
 
 
 def write_file(path, write):
-    """Have `write(file)` fill a file of a name of its own, renamed to `path` when complete.
-
-    Raises Failure naming `path` if it can't be written, and leaves nothing behind.
-    """
+    """Have `write(file)` fill a file of another name, renamed to `path` when complete, or gone."""
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     with advise(path, "it could not be written"), contextlib.ExitStack() as stack:
         stack.callback(draft.unlink, missing_ok=True)
         with open(draft, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(draft, path)
 
 
 def save_checkpoint(path, content):
     """Write a dictionary of tensors and plain values that `load_checkpoint` reads."""
-    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error of its own kind
-    torch.save(content, buffer)
-    write_file(path, lambda file: file.write(buffer.getbuffer()))
+    write_file(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path, kind, advice):
-    """The dictionary that `torch.save` wrote to `path`, on the CPU; `kind` None: any dictionary.
-
-    Only tensors and plain values are unpickled: a hostile file is refused, not run. Raises Failure
-    if it is absent, damaged, or its "kind" another one.
-    """
-    content = None
+    """The dictionary of tensors and plain values (else it is refused, not run) that `torch.save`
+    wrote to `path`, on the CPU. Raises Failure if it is absent, damaged, or of another "kind" than
+    `kind`, unless that is None."""
     with warnings.catch_warnings(action="ignore"), advise(path, advice):
-        file = io.BytesIO(Path(path).read_bytes())
+        file, content = io.BytesIO(Path(path).read_bytes()), None
         with contextlib.suppress(Exception):  # torch's many kinds, whose texts are no help
             content = dict(torch.load(file, map_location="cpu", weights_only=True))
-    if content is None:
-        raise Failure(f"{path} is damaged, or no checkpoint; {advice}")
-    if kind not in (None, content.get("kind")):
-        raise Failure(f"{path} is not a checkpoint of {kind}; {advice}")
+        if content is None or kind not in (None, content.get("kind")):
+            raise ValueError(f"damaged, or no checkpoint of {kind or 'a network'}")
     return content
-
-
-def starting_point(path, kind, settings, args):
-    """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
-
-    One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure.
-    """
-    if args.force or not path.exists():
-        return None
-    advice = "choose another --out, or overwrite it with --force"
-    checkpoint = load_checkpoint(path, kind, advice)
-    with advise(path, advice):
-        old = dict(checkpoint["settings"])
-    differ = [f"{k} {old.get(k)}, not {settings[k]}" for k in settings if old.get(k) != settings[k]]
-    if differ:
-        raise Failure(f"{path} was made with {'; '.join(differ[:3])[:120]}; {advice}", 2)
-    return checkpoint if args.resume else None
 
 
 def wilson(hits, n):
@@ -256,12 +215,6 @@ def print_table(head, lines):
         print(first.ljust(widths[0]), *right, sep="  ")
 
 
-def write_history(path, rows):
-    """Write a training's curve, dictionaries with the same keys, as CSV."""
-    lines = [",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]]
-    write_file(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
-
-
 def write_results(args, numbers, **facts):
     """Write `results.json`: command, settings, versions, facts and numbers; returns it all."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -270,7 +223,7 @@ def write_results(args, numbers, **facts):
         "command": " ".join(["python", *sys.argv]),
         "settings": vars(args),
         **facts,
-        "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
+        "machine": f"{sys.platform}, {torch.get_num_threads()} threads",
         "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, scipy, PIL)},
         "git": git and git.stdout.strip(),
         "seconds": round(time.time() - START, 1),
@@ -283,26 +236,20 @@ def write_results(args, numbers, **facts):
 
 def download(url, path, sha256=""):
     """`path`, fetched from `url` if absent, whole or not at all; Failure says what to put where.
-
-    `sha256`: how the content's hash, in hexadecimal, begins.
-    """
+    `sha256`: how the content's hash, in hexadecimal, begins."""
     if path.exists():
         return path
     with advise(f"could not download {url}", f"put that file at {path}"):
         with urllib.request.urlopen(url, timeout=20) as answer:
             size, blocks = answer.length, iter(lambda: answer.read(1 << 20), b"")
-            # photos come in hundreds, under one bar for all
-            photo = size is not None and size < 10**7
-            content = b"".join(progress(blocks, f"{path.name}, blocks of 1 MB", disable=photo))
+            # no bar for a photo: they come in hundreds, under one for all
+            content = b"".join(progress(blocks, path.name, disable=path.suffix == ".jpg"))
         digest = hashlib.sha256(content).hexdigest()
         if size not in (None, len(content)) or not digest.startswith(sha256):
             raise OSError(f"{len(content)} of {size or '?'} bytes came, SHA-256 {digest[:8]}...")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda file: file.write(content))
     return path
-
-
-# --- Frechet distance
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -316,23 +263,16 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     finite = all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2))
     if shapes != [(d,), (d,), (d, d), (d, d)] or not finite:
         raise ValueError(f"means (D,), covariances (D, D)? Got {shapes}, finite: {finite}")
-    try:
-        pivots = [np.diag(scipy.linalg.cholesky(s, lower=True)) for s in (sigma1, sigma2)]
-        singular = any(p.min() < 1e-6 * p.max() for p in pivots)
-    except np.linalg.LinAlgError:
-        singular = True
-    if singular:  # rounding turns zero eigenvalues of S1 S2 negative: sqrtm slow and inexact
-        cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
+    values, vectors = np.linalg.eigh([sigma1, sigma2])
+    if (values[:, 0] < 1e-12 * values[:, -1]).any():
+        # rounding turns zero eigenvalues of S1 S2 negative, and sqrtm is slow and inexact: of
+        # S = F F^T without them, tr sqrt(S1 S2) is the sum of the singular values of F1^T F2
+        rounding = values[:, -1:] * d * np.finfo(float).eps
+        factors = vectors * np.sqrt(np.where(values > rounding, values, 0))[:, None]
+        cross = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
     else:
         cross = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-
-
-def _root(sigma):
-    """F (D, rank) with F F^T = sigma, from the eigenvalues that rounding leaves above zero."""
-    values, vectors = np.linalg.eigh(sigma)
-    keep = values > values[-1] * len(values) * np.finfo(float).eps
-    return vectors[:, keep] * np.sqrt(values[keep])
 
 
 def frechet_distance_torch(x, y):
@@ -340,8 +280,8 @@ def frechet_distance_torch(x, y):
 
     With A, B the centred features over sqrt(n - 1), S1 = A^T A, S2 = B^T B, and tr sqrt(S1 S2) is
     the nuclear norm of A B^T (N, M): exact with few samples, too; QR makes many few. The norm's
-    gradient is the polar factor U V^T (Watson 1992), used as it stands: autograd's way through an
-    SVD divides by differences of singular values. Raises ValueError as `frechet_distance` does.
+    gradient is the polar factor U V^T (Watson 1992): autograd's way through an SVD divides by
+    differences of singular values. Raises ValueError as `frechet_distance` does.
     """
     fit = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and min(len(x), len(y)) > 1
     if not (fit and x.isfinite().all() and y.isfinite().all()):
@@ -362,24 +302,26 @@ def frechet_distance_torch(x, y):
     return (means + a.square().sum() + b.square().sum() - 2 * cross).to(dtype)
 
 
-# TensorFlow's Inception of that day; the name ends in the start of its SHA-256
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # the name ends in the start of its SHA-256
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 
 
-def inception_network(weights, device="cpu"):
-    """FID's Inception v3: images (N, 3, 299, 299) in [-1, 1] -> its 2,048 pooled features.
+def inception_features(images, weights=None, device="cpu"):
+    """FID's features (N, 2048), float32, of images (N, 1 or 3, H, W) in [0, 1], else ValueError.
 
-    TensorFlow's network as patches of torchvision's: 1,008 outputs, average pooling that doesn't
-    count the padding, max pooling in the last block. `weights`: path of its published state dict;
-    raises Failure if it is absent or another network's.
+    The network is TensorFlow's Inception v3: torchvision's, but with 1,008 outputs, average pooling
+    that doesn't count the padding, and max pooling in the last block. `weights`: path of INCEPTION;
+    None: in data/, downloaded once. Raises Failure for another network's.
     """
-    how = {"weights": None, "num_classes": 1008, "aux_logits": False, "init_weights": False}
-    network = torchvision.models.inception_v3(**how)
-    advice = f"put there {INCEPTION} from {INCEPTION_URL}"
-    state = load_checkpoint(weights, None, advice)
+    images = torch.as_tensor(images)
+    fit = images.ndim == 4 and images.shape[1] in (1, 3) and images.is_floating_point()
+    if not (fit and len(images) and 0 <= images.min() <= images.max() <= 1):
+        raise ValueError(f"floats (N, 1 or 3, H, W) in [0, 1]? Got {tuple(images.shape)}")
+    weights = weights or download(INCEPTION_URL, Path("data") / INCEPTION, INCEPTION[-12:-4])
+    how = {"num_classes": 1008, "aux_logits": False, "init_weights": False}
+    network, advice = torchvision.models.inception_v3(**how), f"put {INCEPTION_URL} there"
     with advise(f"{weights} is not FID's Inception", advice):
-        network.load_state_dict(state)
+        network.load_state_dict(load_checkpoint(weights, None, advice))
 
     def uncount_padding(_, pooled):  # torchvision divides every 3x3 sum by 9, at the border, too
         return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, 1, 1)
@@ -392,21 +334,8 @@ def inception_network(weights, device="cpu"):
         branch = getattr(network, f"Mixed_{name}").branch_pool
         branch.register_forward_pre_hook(uncount_padding)
     network.Mixed_7c.register_forward_hook(pool_by_maximum)
-    network.fc = nn.Identity()
-    return network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-
-def inception_features(images, weights=None, device="cpu"):
-    """FID's features (N, 2048), float32, of images (N, 1 or 3, H, W) in [0, 1], else ValueError.
-
-    `weights`: path of `INCEPTION`; None: in data/, downloaded once; raises Failure for another's.
-    """
-    images = torch.as_tensor(images)
-    fit = images.ndim == 4 and images.shape[1] in (1, 3) and images.is_floating_point()
-    if not (fit and len(images) and 0 <= images.min() <= images.max() <= 1):
-        raise ValueError(f"floats (N, 1 or 3, H, W) in [0, 1]? Got {tuple(images.shape)}")
-    weights = weights or download(INCEPTION_URL, Path("data") / INCEPTION, INCEPTION[-12:-4])
-    network, features = inception_network(weights, device), []
+    network.fc = torch.nn.Identity()
+    network, features = network.eval().to(device), []
     with torch.inference_mode():
         for part in progress(images.split(50), "Inception"):
             part = part.to(device, torch.float32).expand(-1, 3, -1, -1)
@@ -415,30 +344,20 @@ def inception_features(images, weights=None, device="cpu"):
     return torch.cat(features).numpy()
 
 
-# --- data: digits, scenes, photos
-
-
 def load_mnist(data_dir, train=True):
     """MNIST's 60,000 training or 10,000 test digits, downloaded to `data_dir`/MNIST/raw if absent.
 
-    Returns images (N, 1, 28, 28) float32 in [0, 1], white on black, and labels (N,) int64. Raises
-    Failure if they can't be had, or if a file is truncated or another's.
+    Returns images (N, 1, 28, 28) float32 in [0, 1], labels (N,) int64; or raises Failure.
     """
-    part, folder = "train" if train else "t10k", Path(data_dir) / "MNIST" / "raw"
-    files = [f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"]
-    absent = not all((folder / name).exists() for name in files)
-    problem = f"no MNIST in {folder}" if absent else f"{folder}/{files[0]} or {files[1]}"
-    advice = f"put {' and '.join(files)} there" if absent else "delete both"
-    socket.setdefaulttimeout(20 if absent else None)  # torchvision would wait for ever
-    with advise(problem, f"{advice}, or use --dataset glyphs"):
-        if absent:
-            with contextlib.redirect_stdout(io.StringIO()):
-                torchvision.datasets.MNIST(data_dir, download=True)
-        images = mnist.read_image_file(str(folder / files[0]))
-        labels = mnist.read_label_file(str(folder / files[1]))
+    files = Path(data_dir, "MNIST", "raw", "train-*" if train else "t10k-*")
+    advice = "put MNIST's four files there, or use --dataset glyphs"
+    socket.setdefaulttimeout(20)  # torchvision would wait for ever
+    with advise(files, advice), contextlib.redirect_stdout(io.StringIO()):
+        digits = torchvision.datasets.MNIST(data_dir, train, download=True)
+        images, labels = digits.data, digits.targets
         if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
             raise ValueError(f"not MNIST: {tuple(images.shape)}, {len(labels)} labels")
-    return images.unsqueeze(1).float() / 255, labels.long()
+    return images.unsqueeze(1).float() / 255, labels
 
 
 def glyphs(n, seed=0):
@@ -447,23 +366,21 @@ def glyphs(n, seed=0):
     Returns what `load_mnist` does, the classes in turn; the same for a `seed`, whatever `n`.
     """
     canvas, strokes, font = 56, 4, ImageFont.load_default(40)
-    prototypes = torch.zeros(10, strokes, canvas, canvas)
-    for digit, stroke in itertools.product(range(10), range(strokes)):
+    prototypes = torch.zeros(10, strokes, 1, canvas, canvas)
+    for digit, stroke in np.ndindex(10, strokes):
         image = Image.new("L", (canvas, canvas))
-        middle, ink = (canvas / 2, canvas / 2), ImageDraw.Draw(image)
+        ink, middle = ImageDraw.Draw(image), (canvas / 2, canvas / 2)
         ink.text(middle, str(digit), 255, font, "mm", stroke_width=stroke)
         prototypes[digit, stroke] = torch.from_numpy(np.array(image)) / 255
-    labels = torch.arange(n) % 10
+    labels, images = torch.arange(n) % 10, torch.empty(n, 1, 28, 28)
     draws = torch.rand(n, 7, generator=torch.Generator().manual_seed(seed))  # a row for each image
-    stroke = (draws[:, 6] * strokes).long()
     angle, shear, x, y, scale_x, scale_y = (draws[:, :6] * 2 - 1).unbind(1)
-    angle, shear = 0.3 * angle, 0.3 * shear  # radians: 17 degrees to either side
-    a, b = torch.cos(angle) / (0.8 + 0.15 * scale_x), -torch.sin(angle) / (0.8 + 0.15 * scale_y)
-    rows = [torch.stack([a, b + shear, 0.15 * x], 1), torch.stack([-b, a, 0.15 * y], 1)]
-    affine, images = torch.stack(rows, 1), torch.empty(n, 1, 28, 28)
+    cos, sin = (0.3 * angle).cos(), (0.3 * angle).sin()  # radians: 17 degrees to either side
+    a, b = cos / (0.8 + 0.15 * scale_x), -sin / (0.8 + 0.15 * scale_y)
+    affine = torch.stack([a, b + 0.3 * shear, 0.15 * x, -b, a, 0.15 * y], 1).view(n, 2, 3)
     for part in torch.arange(n).split(2000):
-        drawn = prototypes[labels[part], stroke[part]].unsqueeze(1)
-        grid = F.affine_grid(affine[part], (len(part), 1, canvas, canvas), align_corners=False)
+        drawn = prototypes[labels[part], (draws[part, 6] * strokes).long()]
+        grid = F.affine_grid(affine[part], drawn.shape, align_corners=False)
         images[part] = F.avg_pool2d(F.grid_sample(drawn, grid, align_corners=False), 2)
     return images.clamp_(0, 1), labels
 
@@ -478,14 +395,14 @@ def load_digits(name, data_dir, train=True, limit=None):
             text = f"WARNING: {problem}\nGLYPHS are drawn instead: no number is a result on MNIST."
             print(line, text, line, sep="\n", file=sys.stderr)
     if name == "mnist":
-        images, labels = load_mnist(data_dir, train)
-        return name, images[:limit], labels[:limit]
+        return name, *(x[:limit] for x in load_mnist(data_dir, train))
     return "glyphs", *(glyphs(limit or 60_000, 0) if train else glyphs(limit or 10_000, 1))
 
 
 MOST_DIGITS = 5  # in a scene
 
 
+@functools.cache
 def scene_digits(source, data_dir, split):
     """`load_digits` of a split, train, validation (the last twelfth of training) or test."""
     name, images, labels = load_digits(source, data_dir, split != "test")
@@ -494,13 +411,14 @@ def scene_digits(source, data_dir, split):
     return name, images[part], labels[part]
 
 
-def compose_scenes(images, labels, n, image_size=64, seed=0):
-    """`n` scenes of one to five of the digits (M, 1, H, W) in [0, 1] with labels (M,) 0 to 9.
+def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
+    """`n` scenes of one to five digits of `source`, mnist, glyphs or auto, and of `split`.
 
     Each digit has its own colour, size and place, a cell of a 3x3 grid, moved a little, so that
     digits seldom hide one another. Returns (n, 3, image_size, image_size) float32 in [0, 1] and
     labels (n, 10) float32, 1 for digits present; the same for a `seed` and digits, whatever `n`.
     """
+    _, images, labels = scene_digits(source, data_dir, split)
     side, rng = images.shape[-1], torch.Generator().manual_seed(seed)
     draws = torch.rand(n, 13 + 7 * MOST_DIGITS, generator=rng)  # a row for each scene
     ground, cells = 0.4 * draws[:, 1:4], draws[:, 4:13].argsort(1)
@@ -523,25 +441,9 @@ def compose_scenes(images, labels, n, image_size=64, seed=0):
     return scenes, torch.zeros(n, 10).scatter_reduce(1, labels[digit], shown.float(), "amax")
 
 
-def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
-    """`n` scenes (n, 3, image_size, image_size) and labels (n, 10): see `compose_scenes`."""
-    return compose_scenes(*scene_digits(source, data_dir, split)[1:], n, image_size, seed)
-
-
-def open_photo(path):
-    """The photo at `path` as Pillow RGB, upright as its EXIF says, transparency laid on white."""
-    with warnings.catch_warnings(action="ignore"), advise(path, "no photo that can be read"):
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
 class Photos(torch.utils.data.Dataset):
-    """Photos read when asked for, squashed to the square by `resize(image, size, filter)`:
-    `photos[i]` is (3, S, S) float32 in [0, 1], `photos[a:b]` (N, 3, S, S)."""
+    """Photos, read when asked for: each (3, S, S) float32 in [0, 1], a slice (N, 3, S, S), squashed
+    by `resize(image, size, filter)`, upright as its EXIF says, transparency laid on white."""
 
     def __init__(self, paths, image_size, resize=Image.Image.resize):
         self.paths, self.image_size, self.resize = list(paths), image_size, resize
@@ -549,11 +451,17 @@ class Photos(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return torch.stack([self[i] for i in range(len(self))[index]])
-        size = self.image_size, self.image_size
-        image = self.resize(open_photo(self.paths[index]), size, Image.BILINEAR)
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return torch.stack([self[j] for j in range(len(self))[i]])
+        path, size = self.paths[i], (self.image_size, self.image_size)
+        with warnings.catch_warnings(action="ignore"), advise(path, "no photo that can be read"):
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = self.resize(image.convert("RGB"), size, Image.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -563,9 +471,8 @@ COCO_URL = "http://images.cocodataset.org/"
 def load_coco(data_dir, image_size, limit=None, split="val2017"):
     """COCO's photos, labels and class names from `data_dir`/coco; what is absent is downloaded.
 
-    Reads annotations/instances_<split>.json and <split>/*.jpg. Returns `Photos` in ascending id
-    order (the first `limit`), labels (N, 80) float32, 1 for the classes present, and the 80 names,
-    in ascending category id order. Raises Failure for a file that is absent, damaged or hostile.
+    Returns `Photos` in ascending id order (the first `limit`), labels (N, 80) float32, 1 for the
+    classes present, and the names in ascending category id order; or raises Failure.
     """
     folder = Path(data_dir) / "coco"
     path = folder / "annotations" / f"instances_{split}.json"
@@ -579,13 +486,10 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
         categories = {category["id"]: category["name"] for category in content["categories"]}
-        # a name such as ../../x would have a file outside the folder read, or overwritten
-        hostile = [name for name in images.values() if not re.fullmatch(r"[\w-]+\.\w+", name)]
-        hostile += [name for name in categories.values() if not name.isprintable()]
-        if hostile or not images or len(set(images.values())) < len(content["images"]):
-            raise ValueError(f"no photo, one twice, or no plain name: {str(hostile)[:60]}")
-        row = {key: i for i, key in enumerate(sorted(images))}
-        column = {key: i for i, key in enumerate(sorted(categories))}
+        for name in images.values():  # ../../x would have a file outside the folder overwritten
+            if not re.fullmatch(r"[\w-]+\.\w+", name):
+                raise ValueError(f"{name[:60]!r} is no plain file name")
+        row, column = ({key: i for i, key in enumerate(sorted(x))} for x in (images, categories))
         labels = torch.zeros(len(row), len(column))
         for annotation in content["annotations"]:
             labels[row[annotation["image_id"]], column[annotation["category_id"]]] = 1

@@ -1,13 +1,11 @@
 """Weeks 3 to 5: PGD, a single-label attack, on a multi-label classifier.
 
-PGD (Madry et al. 2018, arXiv 1706.06083) moves each pixel by at most eps so that a classifier gives
-a label that the attacker chose. In the log it switched nearly every label off (week 3), hardly
-moved an ImageNet network (week 4) and, asked for more donuts, got fewer of everything (week 5).
-
-The likeliest cause: the log's TResNet used the package inplace_abn 1.0.12, whose gradient in eval
-mode skips the activation (asl_model.inplace_abn_1_0_12). Weeks 3 and 5 run the attacks on record
-with that gradient and with the right one, beside noise and beside `margin`, which switches the
-label it is asked to and no other. Week 4 runs both recipes on record on two kinds of photos.
+PGD moves each pixel by at most eps so that a classifier gives a label that the attacker chose. In
+the log it switched nearly every label off (week 3), hardly moved an ImageNet network (week 4) and,
+asked for more donuts, got fewer of everything (week 5). The likeliest cause: the package that the
+log's TResNet used gave a wrong gradient (asl_model.inplace_abn_1_0_12). Weeks 3 and 5 run the
+attacks on record with that gradient and with the right one, beside noise and beside `margin`, which
+switches the label it is asked to and no other. Week 4 runs both recipes on two kinds of photos.
 
     python pgd_attack.py                           margin on scenes of digits
     python pgd_attack.py --dataset coco --model asl --target person    on COCO, published TResNet-M
@@ -18,16 +16,14 @@ label it is asked to and no other. Week 4 runs both recipes on record on two kin
     python pgd_attack.py --image photo.jpg --target dog                one photo
     torchrun --nproc-per-node 8 pgd_attack.py ...  the same table, the images shared out
 
-Writes into --out: results.json, adversarial.npz and pgd-attack-on-<model>.png.
+Writes into --out: results.json, adversarial.npz, pgd-attack-on-<model>.png and, of weeks 3 and 5,
+bars.png, of --sweep sweep.png.
 """
 
-import contextlib
 import datetime
 import functools
-import importlib.util
 import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +35,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import models, transforms
 
 import acwgan
 import asl_model
@@ -47,18 +42,24 @@ import common
 
 PINNED = "inplace-abn-1.0.12"  # the gradient of the package that the log's TResNet was pinned to
 SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
-FIGURE_IMAGES, FIGURE_COLUMNS = 4, 5
-cropped = functools.partial(ImageOps.fit, bleed=1 / 16)  # the middle 7/8, as ImageNet's networks
+DATASETS = {  # that a kind of model can be shown; the first one unless --dataset says
+    "asl": ("scenes", "coco"),
+    "own": ("coco",),
+    "digits": ("mnist", "glyphs", "scenes"),
+    "torchvision": ("imagenet", "coco"),
+}
+DEFAULTS = {  # target, eps, images at a time
+    "scenes": ("8", 0.1, 256),
+    "coco": ("person", 8 / 255, 16),
+    "digits": ("3", 0.3, 256),
+    "torchvision": ("night snake", 8 / 255, 16),  # ImageNet's class 60, as in the log
+}
 
 
 def settings(argv=None):
-    """The flags, every default resolved."""
-    limit = "attack only the first N images (otherwise 500 scenes, 1,000 digits, all photos)"
-    attacked = (
-        "what is attacked (otherwise scenes, of a network of photos coco; with --week 4 both)"
-    )
-    names = "scenes", "coco", "imagenet", "mnist", "glyphs"
-    p = common.parser(__doc__, None, None, names, attacked, limit)
+    """The flags, every default resolved, and `kind`, of DATASETS."""
+    names, limit = ("scenes", "coco", "imagenet", "mnist", "glyphs"), "attack only the first N"
+    p = common.parser(__doc__, None, None, names, "what is attacked (otherwise it varies)", limit)
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--image", type=Path, metavar="FILE", help="attack this one photo")
     model = "asl; your own, FILE.py:FUNCTION; digits; one of torchvision's, such as resnet18"
@@ -69,57 +70,52 @@ def settings(argv=None):
     add("--augment", action="store_true", help="show coco's photos as in training")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
     add("--week", type=int, choices=(3, 4, 5), help="the attacks on record, beside the right one")
-    targets = "8 of scenes; person, in week 5 dining table, of coco; 3 of digits; night snake"
-    add("--target", metavar="NAME", help=f"label to switch (otherwise {targets}, of ImageNet)")
-    direction = "on, off, or flip it (otherwise flip, with --week on)"
-    add("--direction", choices=("on", "off", "flip"), help=f"switch the label {direction}")
+    add("--target", metavar="NAME", help="label to switch (otherwise it varies, see DEFAULTS)")
+    switch = "switch it on, off, or over (otherwise flip, with --week on)"
+    add("--direction", choices=("on", "off", "flip"), help=switch)
     add("--loss", choices=LOSS, default="margin", help="of several labels")
     add("--threshold", type=positive, default=0.5, help="a label is present above this probability")
     eps = "largest change of a pixel, of 1 (otherwise 8/255; scenes 0.1, digits 0.3)"
     add("--eps", type=positive, help=eps)
     add("--alpha", type=positive, default="2/255", help="size of a step, of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
-    restarts = "further tries of margin: from random starts, with momentum and half the alpha"
-    add("--restarts", type=whole(0), default=2, help=restarts)
+    add("--restarts", type=whole(0), default=2, help="further tries of margin, from random starts")
     add("--save", type=whole(0), metavar="N", default=16, help="images kept in adversarial.npz")
     add("--batch-size", type=whole(1), help="images (otherwise 16 photos, 256 scenes or digits)")
     add("--sweep", action="store_true", help="eps from 0 to 16/255, and controls")
     args = p.parse_args(argv)
 
     args.model = args.model or ("digits" if args.week == 4 else "asl")
-    args.multi_label = args.model == "asl" or ":" in args.model
-    fitting = {"asl": ("scenes", "coco"), "digits": ("scenes", "mnist", "glyphs")}
-    fitting = fitting.get(args.model, ("coco",) if args.multi_label else ("imagenet", "coco"))
-    if args.multi_label and args.dataset is None:
-        args.dataset = "coco" if args.image or args.weights else fitting[0]
-    small = args.dataset == "scenes" or args.model == "digits"
-    if args.dataset not in (None, *fitting):
-        p.error(f"--model {args.model} can be shown {', '.join(fitting)}, not {args.dataset}")
-    if args.threshold >= 1:
-        p.error("--threshold must lie below 1")
-    if args.multi_label and args.week == 4:
-        p.error("week 4 attacked a classifier of one label: --model digits or resnet18, say")
-    if not args.multi_label and (args.week in (3, 5) or args.sweep or args.loss != "margin"):
-        p.error("weeks 3 and 5, --sweep and --loss need several labels: --model asl, say")
-    if args.image and (small or args.week or args.sweep or args.augment):
-        p.error("--image is a photo, attacked alone: leave out --week, --sweep, --augment, digits")
-    if args.sweep and args.week:
-        p.error("--sweep is of one attack: leave out --week")
-    if args.augment and args.dataset != "coco":
-        p.error("--augment is of --dataset coco")
-
-    kind = "image" if args.image else "sweep" if args.sweep else "attack"
-    kind = f"week{args.week}" if args.week else kind
-    subject = args.image.stem if args.image else args.dataset or ("digits" if small else "photos")
-    args.out = args.out or Path("runs/pgd_attack", f"{kind}-{subject}")
-    if args.target is None:
-        args.target = "3" if args.model == "digits" else "night snake"
-        if args.multi_label:
-            person = "dining table" if args.week == 5 else "person"  # the log's output 60, "donut"
-            args.target = "8" if args.dataset == "scenes" else person
+    args.kind = "own" if ":" in args.model else args.model
+    args.kind = args.kind if args.kind in DATASETS else "torchvision"
+    several, shown = args.kind in ("asl", "own"), DATASETS[args.kind]
+    if args.dataset is None and (several or args.image or args.week != 4):
+        args.dataset = "coco" if several and (args.image or args.weights) else shown[0]
+    alone = not (args.week or args.sweep or args.augment)
+    refusals = (
+        (args.dataset not in (None, *shown), f"--model {args.model} is for {', '.join(shown)}"),
+        (args.threshold >= 1, "--threshold must lie below 1"),
+        (several and args.week == 4, "--week 4 needs one label: --model digits, or resnet18"),
+        (not several and args.week in (3, 5), f"--week {args.week} needs --model asl or your own"),
+        (not several and args.sweep, "--sweep needs --model asl or your own"),
+        (not several and args.loss != "margin", "--loss needs --model asl or your own"),
+        (args.image and not alone, "--image is attacked alone: no --week, --sweep, --augment"),
+        (args.image and args.dataset in ("scenes", "mnist"), "--image is a photo: --dataset coco"),
+        (args.sweep and args.week, "--sweep is of one attack: leave out --week"),
+        (args.augment and args.dataset != "coco", "--augment is of --dataset coco"),
+    )
+    for refused, text in refusals:
+        if refused:
+            p.error(text)
+    target, eps, batch_size = DEFAULTS[args.dataset if several else args.kind]
+    if args.week == 5 and args.dataset == "coco":
+        target = "dining table"  # the log's output 60, which it took for donut
+    args.target, args.eps = args.target or target, args.eps or eps
+    args.batch_size = args.batch_size or batch_size
     args.direction = args.direction or ("on" if args.week else "flip")
-    args.batch_size = args.batch_size or (256 if small else 16)
-    args.eps = args.eps or (8 / 255 if not small else 0.1 if args.multi_label else 0.3)
+    run = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
+    run = f"image-{args.image.stem}" if args.image else f"{run}-{args.dataset or args.kind}"
+    args.out = args.out or Path("runs/pgd_attack", run)
     return args
 
 
@@ -147,9 +143,8 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
     make no sense, and common.Failure if the model's answer or the gradient is no finite number.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
-        numbers = f"eps {eps}, alpha {alpha}, steps {steps}"
-        text = f"{len(images)} images with {len(targets)} targets"
-        raise ValueError(f"{numbers} must not be negative, and images need as many targets: {text}")
+        numbers = f"eps {eps}, alpha {alpha}, steps {steps}, {len(targets)} targets"
+        raise ValueError(f"not for {len(images)} images: {numbers}")
     if len(images) and not (clip[0] <= images.min() and images.max() <= clip[1]):
         text = f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}"
         raise ValueError(f"{text}: give them in [0, 1], and normalise inside the model")
@@ -200,10 +195,8 @@ def goal_reached(logits, targets):
 
 # --- losses of several labels: logits (N, L), wanted (N, L) of 0 and 1, target index -> (N,)
 
-# how far past the threshold, in logits, `margin` pushes the target, and keeps all other labels
-MARGIN, KEEP = 1.0, 0.2
-# an image is done a little past the threshold, not on it, where rounding decides
-SLACK = 0.05
+MARGIN, KEEP = 1.0, 0.2  # how far past the threshold `margin` pushes the target, keeps the others
+SLACK = 0.05  # an image is done a little past the threshold, not on it, where rounding decides
 
 
 def softmax_ce(logits, wanted, target, threshold):
@@ -282,6 +275,9 @@ WEEK_5 = (
     Row("softmax-ce", "softmax-ce", 0.3),
     Row("no attack", None, 0),
 )
+COUNTS = [
+    f"{what}_{when}" for what in ("target", "labels") for when in ("actual", "before", "after")
+]
 
 
 class Labels(NamedTuple):
@@ -297,11 +293,6 @@ class Labels(NamedTuple):
         """The labels present, bool (N, L)."""
         return logits > math.log(self.threshold / (1 - self.threshold))
 
-    def asked(self, logits):
-        """Of which images a change is asked, (N,) bool: the prediction is not what is wanted."""
-        present = self.predicted(logits)[:, self.target]
-        return {"on": ~present, "off": present, "flip": torch.ones_like(present)}[self.direction]
-
     def wanted(self, logits):
         """The labels wanted, float (N, L): the prediction, but for the target."""
         wanted = self.predicted(logits).float()
@@ -309,18 +300,18 @@ class Labels(NamedTuple):
         wanted[:, self.target] = {"on": 1.0, "off": 0.0, "flip": flipped}[self.direction]
         return wanted
 
-    def right(self, logits, wanted, slack=0.0):
-        """Whether every label is on the side wanted, (N,) bool."""
-        return (distance_past(logits, wanted, self.threshold) > slack).all(1)
+    def asked(self, logits):
+        """Of which images a change is asked, (N,) bool: the prediction is not what is wanted."""
+        return (self.wanted(logits) != self.predicted(logits)).any(1)
 
     def achieved(self, before, after):
         """Whether the attack from logits `before` to `after` did what was asked, (N,) bool."""
-        return self.right(after, self.wanted(before))
+        return (distance_past(after, self.wanted(before), self.threshold) > 0).all(1)
 
     def words(self, logits):
-        """The labels present in one image, with their probabilities."""
+        """The labels present in one image, {label: label and probability}."""
         present = self.predicted(logits).nonzero()[:, 0].tolist()
-        return [f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present]
+        return {self.names[j]: f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present}
 
     def attack(self, network, images, logits, row):
         """`row`'s attack on images (N, 3, S, S) with prediction logits (N, L) -> images.
@@ -330,26 +321,27 @@ class Labels(NamedTuple):
         if row.loss is None:
             return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
         wanted = self.wanted(logits)
-        stop = row.restarts is not None and functools.partial(self.right, slack=SLACK)
 
         def loss(logits, wanted):
             return LOSS[row.loss](logits, wanted, self.target, self.threshold)
 
-        def attempt(images, wanted, number):
-            how = row.eps, row.alpha / 2**number, row.steps, number > 0, stop
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                return pgd(network, images, wanted, loss, *how, momentum=0.75 if number else 0)
+        def right(logits, wanted):
+            return (distance_past(logits, wanted, self.threshold) > SLACK).all(1)
 
-        result = attempt(images, wanted, 0)
-        for number in range(1, 1 + (row.restarts or 0)):
+        result, rest = images.clone(), torch.arange(len(images), device=images.device)
+        for number in range(1 + (row.restarts or 0)):
+            how = row.eps, row.alpha / 2**number, row.steps, number > 0
+            stop = right if row.restarts is not None else False
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                how = (loss, *how, stop, (0, 1), 0.75 if number else 0)
+                moved = pgd(network, images[rest], wanted[rest], *how)
             with torch.no_grad():
-                rest = (~self.right(network(result), wanted)).nonzero()[:, 0]
+                done = self.achieved(logits[rest], network(moved))
+            kept = done | (number == 0)
+            result[rest[kept]] = moved[kept]
+            rest = rest[~done]
             if not len(rest):
                 break
-            again = attempt(images[rest], wanted[rest], number)
-            with torch.no_grad():
-                done = self.right(network(again), wanted[rest])
-            result[rest[done]] = again[done]
         return result
 
     def count(self, found, name, truth):
@@ -358,45 +350,36 @@ class Labels(NamedTuple):
         `truth` (N, L) bool: the actual labels, or None.
         """
         before, after = self.predicted(found["before"]), self.predicted(found[name])
-        asked = self.asked(found["before"])
+        asked, achieved = self.asked(found["before"]), self.achieved(found["before"], found[name])
+        n, numbers = int(asked.sum()), dict.fromkeys(COUNTS)
+        for when, labels in (("actual", truth), ("before", before), ("after", after)):
+            if labels is not None:
+                numbers[f"target_{when}"] = int(labels[:, self.target].sum())
+                numbers[f"labels_{when}"] = int(labels.sum())
         changed, present = (before != after)[asked], before[asked]
         switched = changed[:, self.target].clone()
         changed[:, self.target] = present[:, self.target] = False
         lost = changed & present
-        n, counts = int(asked.sum()), {"before": before, "after": after}
-        counts = counts if truth is None else {"actual": truth, **counts}
-        return {
+        return numbers | {
             "target_switched": common.wilson(switched.sum(), n),
-            "exact": common.wilson((switched & ~changed.any(1)).sum(), n),
+            "exact": common.wilson(achieved[asked].sum(), n),
             "other_label_lost": common.wilson(lost.any(1).sum(), n),
             "others_lost": lost.sum().item() / max(present.sum().item(), 1),
             "others_changed_per_image": changed.sum().item() / max(n, 1),
-            "target_counts": {time: int(x[:, self.target].sum()) for time, x in counts.items()},
-            "label_counts": {time: int(x.sum()) for time, x in counts.items()},
         }
 
     def report(self, rows):
-        """Print the tables: the log's six counts, and rates over the images asked."""
-        ends = [next(iter(rows)), list(rows)[-1]]
-        ends = ends if len(rows) > 1 else ends[:1]
-        times = {"actual": "actual", "before": "predicted before", "after": "predicted after"}
-        lines = []
-        for kind, what in (("target_counts", self.names[self.target]), ("label_counts", "labels")):
-            for time_ in rows[ends[0]][kind]:
-                counts = [rows[name][kind][time_] for name in ends]
-                lines.append([f"{what} {times[time_]}", *counts])
-        common.print_table(["", *ends], lines)
+        """Print the log's six counts, of the first and the last row, and the rates of all rows."""
+        ends = dict.fromkeys([next(iter(rows)), list(rows)[-1]])
+        lines = [[key.replace("_", " "), *(rows[end][key] for end in ends)] for key in COUNTS]
+        common.print_table([f"target: {self.names[self.target]}", *ends], lines)
         lines = []
         for name, row in rows.items():
-            changes = []
-            for counts in (row["target_counts"], row["label_counts"]):
-                ratio = f" ({counts['after'] / counts['before']:.2f})" if counts["before"] else ""
-                changes.append(f"{counts['after']}{ratio}")
+            counts = [f"{row[f'{x}_before']} -> {row[f'{x}_after']}" for x in ("target", "labels")]
             lost = f"{row['others_lost']:.1%}"
-            lines.append([name, *changes, row["target_switched"], row["exact"], lost])
+            lines.append([name, *counts, row["target_switched"], row["exact"], lost])
         print()
-        head = "after (of before)", "target", "all labels", "switched", "exact", "lost"
-        common.print_table(head, lines)
+        common.print_table(("", "target", "all labels", "switched", "exact", "lost"), lines)
         print("exact: switched, all else as before; lost: share of the other labels that were on")
 
 
@@ -430,16 +413,20 @@ class TopClass(NamedTuple):
         return after.argmax(1) == self.target
 
     def words(self, logits):
-        """One image's top class."""
-        return [self.names[logits.argmax()]]
+        """One image's top class, {class: class}."""
+        return {self.names[logits.argmax()]: self.names[logits.argmax()]}
+
+    def leads(self, logits, targets):
+        """Whether each target (N,) leads all other classes by LEAD."""
+        first, second = logits.topk(2).values.unbind(1)
+        return (logits.argmax(1) == targets) & (first - second > LEAD)
 
     def attack(self, network, images, logits, row):
         """`row`'s attack on images (N, C, S, S) with prediction logits (N, L) -> images."""
         targets = torch.full((len(images),), self.target, device=images.device)
         if row.loss == "class":
-            loss = functools.partial(F.cross_entropy, reduction="none")
-            how = row.eps, row.alpha, row.steps
-            return pgd(network, images, targets, loss, *how, early_stop=target_leads)
+            how = functools.partial(F.cross_entropy, reduction="none"), row.eps, row.alpha
+            return pgd(network, images, targets, *how, row.steps, early_stop=self.leads)
         wanted = F.one_hot(targets, logits.shape[1]).float()
         if row.loss == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
             wanted = logits.clone()
@@ -473,126 +460,33 @@ class TopClass(NamedTuple):
     def report(self, rows):
         """Print the table of week 4."""
         before = next(iter(rows.values())).get("right_before")
-        if before:
-            print(f"before, the classifier is right on {common.cell(before)} of {before['n']}")
+        print(f"before, the classifier is right on {common.cell(before)} of the known classes")
         keys = "target_reached", "top_class_changed", "right_after", "mean_sigmoid"
         lines = [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
         common.print_table(["", *(key.replace("_", " ") for key in keys)], lines)
-
-
-def target_leads(logits, targets):
-    """Whether each target (N,) leads all other classes by LEAD."""
-    target = logits.gather(1, targets[:, None])[:, 0]
-    others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
-    return target - others > LEAD
-
-
-# --- networks and images
-
-
-def own_network(spec):
-    """(network, class names, image size) of the user's `FILE.py:FUNCTION`; Failure otherwise."""
-    path, _, function = spec.rpartition(":")
-    advice = "FUNCTION() must return (network, class names, image size)"
-    with common.advise(f"--model {spec}", advice):
-        module_spec = importlib.util.spec_from_file_location("own_network", path)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        network, names, size = getattr(module, function)()
-        if not isinstance(network, nn.Module) or not isinstance(size, int):
-            raise TypeError(f"got {type(network).__name__}, {type(names).__name__}, {size!r}")
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("the class names are not all text")
-        network = network.eval().requires_grad_(False)
-        with torch.no_grad():
-            shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
-        if shape != (1, len(names)):
-            raise ValueError(f"logits {shape} of one image for {len(names)} class names")
-    return network, list(names), size
-
-
-def torchvision_network(args):
-    """(network of images in [0, 1], class names, pixels, mean, std) of one of torchvision's."""
-    known = models.list_models(models)
-    if args.model not in known:
-        asl_model.label_index(args.model, ["asl", "digits", *known], "models")
-    published = models.get_model_weights(args.model).DEFAULT
-    if args.weights:
-        path = args.weights
-        print(f"{path} is not the file that torchvision publishes for {args.model}")
-    else:
-        name = published.url.rpartition("/")[2]
-        path = common.download(published.url, args.data / name, name.rpartition("-")[2][:8])
-    advice = f"it must be a state dict of torchvision's {args.model}"
-    state = common.load_checkpoint(path, None, advice)
-    network = models.get_model(args.model, weights=None)
-    with common.advise(path, advice):
-        network.load_state_dict(state)
-    how = published.transforms()
-    network = nn.Sequential(transforms.Normalize(how.mean, how.std), network)
-    mean, std = torch.tensor([how.mean, how.std])[..., None, None]
-    return network, published.meta["categories"], how.crop_size[0], mean, std
-
-
-def load_imagenet(data_dir, image_size, class_names, limit=None):
-    """ImageNet's photos in `data_dir`/imagenet, the middle cut out, and their classes (N,) int64.
-
-    The class, an index into `class_names`, is in the file's name (n01440764_tench.JPEG), or, where
-    all classes have a folder (n01440764/x.JPEG), the folder's rank; -1 where neither says it.
-    """
-    folder = Path(data_dir) / "imagenet"
-    endings = {".jpeg", ".jpg", ".png"}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:limit]
-    if not paths:
-        text = "put some there, named as n01440764_tench.JPEG is"
-        raise common.Failure(f"there is no photo in {folder}; {text}")
-    folders = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"n\d{8}", path.name))
-    if len(folders) == len(class_names):
-        classes = [folders.index(path.parent.name) for path in paths]
-    else:
-        # two kinds of crane and of maillot share a name
-        unique = [name if class_names.count(name) == 1 else None for name in class_names]
-        stems = [path.stem.partition("_")[2].replace("_", " ") for path in paths]
-        classes = [unique.index(stem) if stem in unique else -1 for stem in stems]
-    return common.Photos(paths, image_size, cropped), torch.tensor(classes)
-
-
-# --- attacking
 
 
 def join_processes(device):
     """(rank, number) of torchrun's processes; (0, 1) without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    backend = "gloo"
     if device.type == "cuda":
-        backend = "nccl"
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
-
-
-@contextlib.contextmanager
-def first_process_first(rank, world):
-    """The first process trains or downloads what the others then find."""
-    if rank:
-        dist.barrier()
-    yield
-    if world > 1 and not rank:
-        dist.barrier()
 
 
 def over_batches(network, images, attacks, args, device, rank, world):
     """Every attack {name: attack(images, logits) -> images} on every image, of [0, 1].
 
-    Returns {"before": logits, name: logits, (name, "linf" | "l2" | "seconds"): (N,)} of all N
-    images, and of the first ones {"clean" or name: uint8 images}, all on the CPU. Of torchrun's
-    processes each attacks every `world`-th batch; batches and random numbers are always the same.
+    Returns {"before" or name: logits, (name, "linf" | "l2" | "seconds"): (N,)} of all N images and
+    {("clean" or name, "pixels"): uint8} of the first ones, on the CPU. Of torchrun's processes each
+    attacks every `world`-th batch; batches and random numbers are always the same.
     """
     batches = torch.arange(len(images)).split(args.batch_size)
-    mine, keep = range(rank, len(batches), world), max(args.save, FIGURE_IMAGES)
-    workers = asl_model.workers(images, device)
-    sampler = [batches[b].tolist() for b in mine]
+    mine, keep = range(rank, len(batches), world), max(args.save, 4)
+    sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
 
     @torch.no_grad()
@@ -602,100 +496,82 @@ def over_batches(network, images, attacks, args, device, rank, world):
             raise common.Failure("the model's answer is not finite; are its weights right?")
         return logits
 
-    parts = []
-    bar = common.progress(loader, "attacking", disable=rank > 0)
+    parts, bar = {}, common.progress(loader, "attacking", disable=rank > 0)
     for b, clean in zip(mine, bar, strict=True):
         clean = clean.to(device)
         before, n = predict(clean), max(keep - b * args.batch_size, 0)
-        numbers = {"before": before.cpu()}
-        shown = {"clean": (clean[:n] * 255).round().byte().cpu()}
+        part = {"before": before.cpu(), ("clean", "pixels"): eight_bit(clean[:n])}
         for i, (name, attack) in enumerate(attacks.items()):
             torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
             began = time.perf_counter()
             adversarial = attack(clean, before)
-            numbers[name] = predict(adversarial).cpu()
+            part[name] = predict(adversarial).cpu()
             seconds = (time.perf_counter() - began) / len(clean)
-            numbers[name, "seconds"] = torch.full((len(clean),), seconds)
+            part[name, "seconds"] = torch.full((len(clean),), seconds)
             change = (adversarial - clean).flatten(1).cpu()
-            numbers[name, "linf"], numbers[name, "l2"] = change.abs().amax(1), change.norm(dim=1)
-            shown[name] = (adversarial[:n].clamp(0, 1) * 255).round().byte().cpu()
-        parts.append((b, numbers, shown))
+            part[name, "linf"], part[name, "l2"] = change.abs().amax(1), change.norm(dim=1)
+            part[name, "pixels"] = eight_bit(adversarial[:n])
+        parts[b] = part
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, parts)
-        parts = sorted((part for share in shares for part in share), key=lambda part: part[0])
-    numbers = {key: torch.cat([x[key] for _, x, _ in parts]) for key in parts[0][1]}
-    return numbers, {key: torch.cat([x[key] for _, _, x in parts]) for key in parts[0][2]}
+        parts = {b: part for share in shares for b, part in share.items()}
+    return {key: torch.cat([parts[b][key] for b in sorted(parts)]) for key in parts[0]}
 
 
-def effort(found, name):
-    """What every row ends with: sizes of the change, and seconds for an image."""
-    linf, l2 = found[name, "linf"].max().item(), found[name, "l2"].mean().item()
-    return {"linf": linf, "l2": l2, "seconds_per_image": found[name, "seconds"].mean().item()}
+def eight_bit(images):
+    """Images in [0, 1] as uint8, on the CPU."""
+    return (images.clamp(0, 1) * 255).round().byte().cpu()
 
 
-# --- report
-
-
-def figure(title, found, shown, columns, goal):
+def figure(title, found, columns, goal):
     """A page: a line for each image, clean and by each attack, the changes magnified below.
 
-    Images of which a change was asked come first; labels that came are green, lost ones red.
+    Images of which a change was asked come first; labels that came are green, lost ones are gone.
     """
-    side, gap, font = 160, 12, ImageFont.load_default(13)
-    n = len(shown["clean"])
-    some = (~goal.asked(found["before"][:n])).sort(stable=True).indices[:FIGURE_IMAGES].tolist()
-    logits = {"clean": found["before"], **{name: found[name] for name in columns[1:]}}
-    words = {(i, name): goal.words(logits[name][i])[:8] for i in some for name in columns}
-    heights = [2 * side + 16 + 16 * max(len(words[i, name]) for name in columns) for i in some]
-    page = Image.new("RGB", (gap + len(columns) * (side + gap), 62 + sum(heights)), "white")
-    ink, y = ImageDraw.Draw(page), 62
+    side, gap, top, font = 160, 12, 62, ImageFont.load_default(13)
+    n = len(found["clean", "pixels"])
+    some = (~goal.asked(found["before"][:n])).sort(stable=True).indices[:4].tolist()
+    logits = {name: found[name if name != "clean" else "before"] for name in columns}
+    words = {(i, name): goal.words(logits[name][i]) for i in some for name in columns}
+    height = 2 * side + 16 + 16 * min(max(map(len, words.values())), 8)
+    size = (gap + len(columns) * (side + gap), top + len(some) * height)
+    page = Image.new("RGB", size, "white")
+    ink = ImageDraw.Draw(page)
     ink.text((gap, 8), title, "black", ImageFont.load_default(18))
-
-    def paste(pixels, x, y):
-        image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
-        page.paste(image.resize((side, side), Image.NEAREST), (x, y))
-
     for column, name in enumerate(columns):
-        ink.text((gap + column * (side + gap), 58), name, "black", font, "ld")
-    for i, height in zip(some, heights, strict=True):
-        before = {word.rpartition(" ")[0] or word for word in words[i, "clean"]}
-        for column, name in enumerate(columns):
-            x, image = gap + column * (side + gap), shown[name][i]
-            paste(image, x, y)
-            change = image.float() - shown["clean"][i]
-            if change.any():
-                paste((127.5 + 127.5 * change / change.abs().max()).byte(), x, y + side + 2)
-            for line, word in enumerate(words[i, name]):
-                colour = "black" if (word.rpartition(" ")[0] or word) in before else "green"
-                ink.text((x, y + 2 * side + 6 + 16 * line), word, colour, font)
-        y += height
+        x, y = gap + column * (side + gap), top
+        ink.text((x, y - 4), name, "black", font, "ld")
+        for i in some:
+            pixels = found[name, "pixels"][i]
+            change = pixels.float() - found["clean", "pixels"][i]
+            magnified = 127.5 + 127.5 * change / change.abs().max().clamp(min=1)
+            for image, down in ((pixels, 0), (magnified.byte(), side + 2)):
+                image = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+                page.paste(image.resize((side, side), Image.NEAREST), (x, y + down))
+            for line, (word, text) in enumerate([*words[i, name].items()][:8]):
+                colour = "black" if word in words[i, "clean"] else "green"
+                ink.text((x, y + 2 * side + 6 + 16 * line), text, colour, font)
+            y += height
     return page
 
 
-def save_attack(args, network, device, found, shown, name, goal, page):
-    """adversarial.npz of the attack `name`, the figure, and of --image the adversarial photo."""
-    arrays = {"clean": shown["clean"], "adversarial": shown[name]}
-    arrays |= {"before": found["before"], "after": found[name]}
-    arrays = {key: x[: args.save].numpy() for key, x in arrays.items()}
-    path = args.out / "adversarial.npz"
-    common.write_file(path, lambda file: np.savez_compressed(file, **arrays))
-    path = args.out / f"pgd-attack-on-{Path(args.model.partition(':')[0]).stem}.png"
-    common.write_file(path, lambda file: page.save(file, "png", optimize=True))
-    print(f"{args.out} holds {path.name}, adversarial.npz and results.json")
-    if args.image:
-        path, pixels = args.out / f"{args.image.stem}-adversarial.png", shown[name][:1]
-        image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-        common.write_file(path, lambda file: image.save(file, "png"))
-        with torch.no_grad():
-            after = network(pixels.to(device).float() / 255).float().cpu()
-        print(f"before: {', '.join(goal.words(found['before'][0])) or 'no label'}")
-        print(f"after:  {', '.join(goal.words(after[0])) or 'no label'}, from the pixels of {path}")
-        if not goal.achieved(found["before"], after).item():
-            print("these 8-bit pixels do not do what was asked; try a larger --eps")
+def bars(rows):
+    """A picture of a table: of each row, how often the target switched, and others were lost."""
+    page = Image.new("RGB", (860, 40 + 36 * len(rows)), "white")
+    ink, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    kinds = ("target switched", "seagreen"), ("other labels lost", "firebrick")
+    for i, (text, colour) in enumerate(kinds):
+        ink.text((190 + 160 * i, 12), text, colour, font)
+    for line, (name, row) in enumerate(rows.items()):
+        ink.text((12, 46 + 36 * line), name, "black", font)
+        shares = row["target_switched"]["rate"], row["others_lost"]
+        for i, (share, (_, colour)) in enumerate(zip(shares, kinds, strict=True)):
+            x, y = 190 + 600 * share, 38 + 36 * line + 14 * i
+            ink.rectangle((190, y, x, y + 12), colour)
+            ink.text((x + 6, y + 6), f"{share:.1%}", colour, font, "lm")
+    return page
 
-
-# --- the sweep
 
 SWEEP_KINDS = "attack", "steps x 2", "3 restarts", "noise"
 
@@ -706,68 +582,72 @@ def sweep_rows(ours):
     for eps in SWEEP:
         # alpha shrinks with eps, or a step would go from one side of the ball to the other
         row = ours._replace(eps=eps, alpha=min(ours.alpha, eps / 4), restarts=0)
-        kinds = (row, row._replace(steps=2 * ours.steps), row._replace(restarts=3))
-        kinds = (*kinds, row._replace(loss=None))
-        for kind, row in zip(SWEEP_KINDS, kinds, strict=True):
+        controls = row._replace(steps=2 * ours.steps), row._replace(restarts=3)
+        controls = (row, *controls, row._replace(loss=None))
+        for kind, row in zip(SWEEP_KINDS, controls, strict=True):
             rows.append(row._replace(name=f"{kind} {eps * 255:g}/255"))
     return tuple(rows)
 
 
-def print_sweep(results, target):
-    """Print `--sweep`'s table and the verdict on each control; returns the verdicts."""
-    rates = {kind: [results[f"{kind} {eps * 255:g}/255"]["target_switched"] for eps in SWEEP]
-             for kind in SWEEP_KINDS}  # fmt: skip
-    if rates["attack"][0] is None:
-        raise common.Failure(f"{target} is as wanted in every image already: nothing to switch")
-    lines = [
-        [f"{eps * 255:g}/255", *line] for eps, *line in zip(SWEEP, *rates.values(), strict=True)
-    ]
+def report_sweep(rows):
+    """Print `--sweep`'s table and the verdict on each control; returns these and the curves."""
+    switched = [row["target_switched"] for row in rows.values()]
+    if None in switched:
+        raise common.Failure("no image lacks what is asked for: there is nothing to switch")
+    table, eps = np.array(switched).reshape(len(SWEEP), len(SWEEP_KINDS)), np.multiply(SWEEP, 255)
+    lines = [[f"{e:g}/255", *line] for e, line in zip(eps, table, strict=True)]
     common.print_table(["eps", *SWEEP_KINDS], lines)
-    rates = {kind: [rate["rate"] for rate in line] for kind, line in rates.items()}
-    gain = {kind: float(np.subtract(rates[kind], rates["attack"]).max()) for kind in SWEEP_KINDS}
-    steps, restarts, noise = gain["steps x 2"], gain["3 restarts"], max(rates["noise"])
-    growth, last = rates["attack"] == sorted(rates["attack"]), rates["attack"][-1]
-    controls = {
-        "growth": (growth, "success never falls as eps grows"),
-        "limit": (last == 1, f"success reaches 100 % (here {last:.1%})"),
-        "steps": (steps <= 0.05, f"twice the steps gain at most 5 % (here {steps:.1%})"),
-        "restarts": (restarts <= 0.05, f"restarts gain at most 5 % (here {restarts:.1%})"),
-        "noise": (noise <= 0.05, f"noise of that size switches at most 5 % (here {noise:.1%})"),
-    }
-    for holds, text in controls.values():
+    rates = np.vectorize(lambda cell: cell["rate"])(table).T
+    attack, noise = rates[0], rates[3].max()
+    steps, restarts = (rates[1:3] - attack).max(1)
+    controls = (
+        ("growth", (np.diff(attack) >= 0).all(), "success never falls as eps grows"),
+        ("limit", attack[-1] == 1, f"success reaches 100 % (here {attack[-1]:.1%})"),
+        ("steps", steps <= 0.05, f"twice the steps gain at most 5 % (here {steps:.1%})"),
+        ("restarts", restarts <= 0.05, f"restarts gain at most 5 % (here {restarts:.1%})"),
+        ("noise", noise <= 0.05, f"noise switches at most 5 % (here {noise:.1%})"),
+    )
+    for _, holds, text in controls:
         print("holds:" if holds else "FAILS:", text)
-    return {name: holds for name, (holds, _) in controls.items()}
+    curves = {kind: (eps, line) for kind, line in zip(SWEEP_KINDS, rates, strict=True)}
+    return {name: bool(holds) for name, holds, _ in controls}, curves
 
 
-# --- runs
+def save_photo(args, network, device, found, pixels, goal):
+    """Save --image's adversarial photo, and print its labels before and after."""
+    path = args.out / f"{args.image.stem}-adversarial.png"
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    common.write_file(path, lambda file: image.save(file, "png"))
+    with torch.no_grad():
+        after = network(pixels.to(device).float() / 255).float().cpu()
+    for when, logits in (("before", found["before"]), (f"after, from the pixels of {path}", after)):
+        print(f"{when}: {', '.join(goal.words(logits[0]).values()) or 'no label'}")
+    if not goal.achieved(found["before"], after).item():
+        print("these 8-bit pixels do not do what was asked; try a larger --eps")
 
 
 def load_multi_label(args, device):
     """Weeks 3 and 5: (network, goal, rows, [(dataset, images, actual labels, what they are)])."""
-    if args.model != "asl":
-        network, names, size = own_network(args.model)
-        source = args.model
-    elif args.dataset == "scenes" and not args.weights:
+    scenes, source = args.dataset == "scenes", args.weights or args.model
+    if args.kind == "own":
+        network, names = asl_model.own_network(args.model)
+    elif scenes and not args.weights:
         classifier = asl_model.scenes_classifier(args.data, device=device, digits=args.digits)
         network, names, mean_ap, path = classifier
-        size, source = 64, f"{path}, mAP {mean_ap:.2%} on validation scenes"
+        source = f"{path}, mAP {mean_ap:.2%} on validation scenes"
     else:
         source = args.weights or asl_model.published("tresnet_m", args.data)
         network, names = asl_model.load_asl(source)
-        size = getattr(network, "image_size", asl_model.ARCHITECTURES[network.arch][2])
     print(f"attacked: {source}")
-    if args.image:
-        images, truth, what = common.Photos([args.image], size), None, str(args.image)
-    else:
-        scenes = args.dataset == "scenes"
+    images, truth, what = common.Photos([args.image], network.image_size), None, str(args.image)
+    if not args.image:
         split, limit = ("test", args.limit or 500) if scenes else (args.split, args.limit)
-        how = args.dataset, args.data, size, split, names, limit, args.digits, args.seed
-        images, truth, names, what = asl_model.load_data(*how)
-        truth = truth > 0
+        how = network.image_size, split, names, limit, args.digits, args.seed
+        images, truth, names, what = asl_model.load_data(args.dataset, args.data, *how)
     if args.augment:
         images = asl_model.augmented(images, args.seed)
     target = asl_model.label_index(args.target, names)
-    bf16 = args.model == "asl" and common.has_bf16(device)
+    bf16 = args.kind == "asl" and common.has_bf16(device)
     goal = Labels(names, target, args.direction, args.threshold, bf16)
     restarts = args.restarts if args.loss == "margin" else None
     ours = Row(args.loss, args.loss, args.eps, args.gradient, args.alpha, args.steps, restarts)
@@ -777,42 +657,36 @@ def load_multi_label(args, device):
 
 def load_single_label(args, device):
     """Week 4: (network, goal, rows, [(dataset, images, classes or None, what they are)])."""
-    if args.model == "digits":
-        name, images, labels = common.load_digits(args.digits, args.data)
-        reader = acwgan.digit_reader(args.out, name, images.to(device), labels.to(device))
-        network, names, size = reader, list("0123456789"), 28
+    if args.kind == "digits":
+        name, *digits = common.load_digits(args.digits, args.data)
+        network = acwgan.digit_reader(args.out, name, *(x.to(device) for x in digits))
+        names, size, datasets = list("0123456789"), 28, ("scenes", name)
         mean, std = torch.tensor([0.1307, 0.3081])  # MNIST's
-        datasets = ["scenes", name]
     else:
-        network, names, size, mean, std = torchvision_network(args)
-        datasets = ["coco", "imagenet"]
-    if args.dataset or args.image or not args.week:
-        datasets = [args.dataset or datasets[-1]]
+        network, names, mean, std = asl_model.torchvision_network(args)
+        size, datasets = network.image_size, ("coco", "imagenet")
     sets = []
-    for dataset in datasets:
-        truth, what, n = None, dataset, args.limit or 1000
-        if args.image:
-            images, what = common.Photos([args.image], size, cropped), str(args.image)
-        elif dataset == "imagenet":
-            images, truth = load_imagenet(args.data, size, names, args.limit)
-        elif dataset == "coco":
-            images, _, _ = common.load_coco(args.data, size, args.limit, args.split)
-            images, what = common.Photos(images.paths, size, cropped), f"coco {args.split}"
-        elif dataset == "scenes":
+    for dataset in [args.dataset] if args.dataset else datasets:
+        paths, truth, what, n = [args.image], None, dataset, args.limit or 1000
+        if dataset == "scenes":
             how = n, 64, args.seed, args.digits, args.data, "test"
             images = common.load_scenes(*how)[0].mean(1, keepdim=True)
             images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True)
+        elif args.kind == "digits":
+            what, images, truth = common.load_digits(dataset, args.data, False, n)
         else:
-            what, images, truth = common.load_digits(dataset, args.data, False)
-            images, truth = images[:n], truth[:n]
+            if dataset == "imagenet" and not args.image:
+                paths, truth = asl_model.load_imagenet(args.data, names, args.limit)
+            elif not args.image:
+                paths = common.load_coco(args.data, size, args.limit, args.split)[0].paths
+            # the middle 7/8, as ImageNet's networks see photos
+            images = common.Photos(paths, size, functools.partial(ImageOps.fit, bleed=1 / 16))
         sets.append((dataset, images, truth, what))
     target = asl_model.label_index(args.target, names)
     goal = TopClass(names, target, mean.to(device), std.to(device))
     right = Row("right", "class", args.eps, args.gradient, args.alpha, args.steps)
-    rows = (right,)
-    if args.week:
-        rows = (*WEEK_4, right._replace(name="right pinned", gradient=PINNED), right)
-    return network, goal, rows, sets
+    rows = (*WEEK_4, right._replace(name="right pinned", gradient=PINNED)) if args.week else ()
+    return network, goal, (*rows, right), sets
 
 
 def main(argv=None):
@@ -821,43 +695,62 @@ def main(argv=None):
     device = common.pick_device(args.device)
     common.make_folder(args.out)
     rank, world = join_processes(device)
-    with first_process_first(rank, world):
-        load = load_multi_label if args.multi_label else load_single_label
-        network, goal, rows, sets = load(args, device)
+    if rank:  # the first process trains or downloads what the others then find
+        dist.barrier()
+    load = load_multi_label if args.kind in ("asl", "own") else load_single_label
+    network, goal, rows, sets = load(args, device)
+    if world > 1 and not rank:
+        dist.barrier()
     network = network.eval().requires_grad_(False).to(device)
-    networks = {"right": network}
-    if any(row.gradient == PINNED for row in rows):
-        networks[PINNED] = asl_model.inplace_abn_1_0_12(network)
+    networks = {"right": network, PINNED: asl_model.inplace_abn_1_0_12(network)}
     attacks = {}
     for row in rows:
         attacks[row.name] = functools.partial(goal.attack, networks[row.gradient], row=row)
-    record = {"dataset_size": {}, "rows": {}}
+    record, pictures = {"dataset_size": {}, "rows": {}}, {}
     for dataset, images, truth, what in sets:
-        found, shown = over_batches(network, images, attacks, args, device, rank, world)
+        found = over_batches(network, images, attacks, args, device, rank, world)
         if rank:
             continue
         results = {row.name: goal.count(found, row.name, truth) for row in rows}
-        for row in rows:
-            results[row.name] |= effort(found, row.name)
+        for name, row in results.items():
+            row["linf"], row["l2"] = (
+                found[name, "linf"].max().item(),
+                found[name, "l2"].mean().item(),
+            )
+            row["seconds_per_image"] = found[name, "seconds"].mean().item()
         record["dataset_size"][dataset], record["rows"][dataset] = len(images), results
         asked = int(goal.asked(found["before"]).sum())
         print(f"{len(images):,} images, {what}; {args.target} asked of {asked:,}")
-        if args.multi_label and truth is not None:
-            p, actual = found["before"].sigmoid().numpy(), truth.numpy()
-            mean_ap = asl_model.average_precision(p, actual)[actual.any(0)].mean()
-            record["mAP_present"] = float(mean_ap)
+        if args.kind in ("asl", "own") and not args.image:
+            p, actual = found["before"].sigmoid().numpy(), truth.numpy() > 0
+            mean_ap = float(asl_model.average_precision(p, actual)[actual.any(0)].mean())
             print(f"the classifier's mAP on them, over the classes present: {mean_ap:.1%}")
+            record["mAP_present"] = mean_ap
         if args.sweep:
-            record["controls"] = print_sweep(results, args.target)
+            record["controls"], curves = report_sweep(results)
+            pictures["sweep"] = acwgan.plot("", "eps, in 255ths", "target switched", curves)
         elif not args.image:
             goal.report(results)
+        if args.week in (3, 5) and asked:
+            pictures["bars"] = bars(results)
     if rank:
         return None
-    columns = [row.name for row in (*rows[:3], rows[-1])]
-    columns = ["clean", *dict.fromkeys(columns)][:FIGURE_COLUMNS]
-    title = f"{Path(args.model).name}: {args.target} {args.direction if args.multi_label else ''}"
-    page = figure(title, found, shown, columns, goal)
-    save_attack(args, network, device, found, shown, rows[-1].name, goal, page)
+    last, columns = rows[-1].name, ["clean", *(row.name for row in rows[:3]), rows[-1].name]
+    columns = list(dict.fromkeys(columns))
+    name = Path(args.model.partition(":")[0]).stem
+    title = f"{name}: {args.target}, {args.direction}"
+    pictures[f"pgd-attack-on-{name}"] = figure(title, found, columns, goal)
+    for name, picture in pictures.items():
+        save = functools.partial(picture.save, format="png", optimize=True)
+        common.write_file(args.out / f"{name}.png", save)
+    arrays = {"clean": found["clean", "pixels"], "adversarial": found[last, "pixels"]}
+    arrays |= {"before": found["before"], "after": found[last]}
+    arrays = {key: x[: args.save].numpy() for key, x in arrays.items()}
+    save = functools.partial(np.savez_compressed, **arrays)
+    common.write_file(args.out / "adversarial.npz", save)
+    print(f"{args.out} holds {', '.join(pictures)} (.png), adversarial.npz and results.json")
+    if args.image:
+        save_photo(args, network, device, found, found[last, "pixels"][:1], goal)
     facts = {"attacked": str(args.weights or args.model), "device": str(device)}
     return common.write_results(args, record, dataset=args.dataset, processes=world, **facts)
 

@@ -81,7 +81,8 @@ ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not r
 def settings(argv=None):
     """The flags, with every default resolved; with --resume those of the newest generator."""
     datasets, hint = ("auto", "mnist", "glyphs"), "auto: the one the generator was trained on"
-    p = common.parser(__doc__, Path("runs/transfer"), "auto", datasets, hint, trains=True)
+    limit = "use only the first N training images"
+    p = common.parser(__doc__, Path("runs/transfer"), "auto", datasets, hint, limit, trains=True)
     add, whole, week1 = p.add_argument, common.whole, Path("runs/acwgan/checkpoint.pt")
     add("--generator", type=Path, default=week1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train")
@@ -438,7 +439,7 @@ def finished(name, args, networks, made, kept, images, labels):
         return generator.eval().requires_grad_(False)
     generator, history = train(name, args, networks, images, labels)
     if history:
-        common.write_history(args.out / f"history-{name}.csv", history)
+        acwgan.write_history(args.out / f"history-{name}.csv", history)
     flags = {flag: value for flag, value in vars(args).items() if flag not in ONE_RUN}
     flags |= {"data": str(args.data), "generator": str(args.generator)}
     content = {"kind": "transfer", "settings": made, "flags": flags}
@@ -513,7 +514,7 @@ def main(argv=None):
     for name in args.variant:  # other settings in --out are refused before any training
         made[name] = shared | VARIANTS[name]._asdict()
         path = args.out / f"generator-{name}.pt"
-        kept[name] = common.starting_point(path, "transfer", made[name], args)
+        kept[name] = acwgan.starting_point(path, "transfer", made[name], args)
     networks = load_networks(args, original, critic, dataset, images, labels)
     roles = [role for role in Networks._fields if role not in ("original", "critic")]
     right = {role: classify(getattr(networks, role), test_images) == test_labels for role in roles}
