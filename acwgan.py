@@ -2,8 +2,8 @@
 
 The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
 whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
-1610.09585), and showed 32 "nice" samples. This script trains one, draws that figure, and measures
-how often an independent classifier reads the digit asked for, and how far samples are from MNIST.
+1610.09585), and showed 32 samples. This script trains one, draws that figure, and measures how
+often an independent classifier reads the digit asked for, and how far samples are from MNIST.
 
     python acwgan.py                              train; minutes on two CPU cores
     python acwgan.py --resume                     continue a run that was stopped
@@ -32,9 +32,8 @@ import common
 CLASSES = 10
 DOUBLINGS = {28: 1, 64: 2}  # of the side, by strided convolutions; a pixel shuffle does one more
 READER = {"seed": 1234, "epochs": 3, "rate": 4e-3, "shift": 2, "smoothing": 0.05}
-RANDOM = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}  # modules that have random numbers
 SAVE_EVERY = 60  # seconds between checkpoints
-NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that a resumed run doesn't inherit
+NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
 ANEW = "train anew with --force"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
@@ -43,8 +42,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7
 def settings(argv=None):
     """The flags [the log's value]. --resume and --sample take the defaults from the checkpoint."""
     names, about = ("auto", "mnist", "glyphs"), "auto: mnist, or glyphs where that can't be had"
-    limit = "use only the first N training images"
-    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, limit, trains=True)
+    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, "train on N images", True)
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
     add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
@@ -59,7 +57,6 @@ def settings(argv=None):
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="of the networks [64]")
     add("--width", type=whole(1), default=32, help="channels at the finest scale [64]")
     add("--average", type=float, default=0.999, help="of the generator, decay per step [0: none]")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: faster [fp32]")
     add("--samples", type=whole(10), default=10_000, help="images drawn and measured at the end")
     add("--inception", action="store_true", help="report FID; downloads 91 MB into --data once")
     add("--sample", type=whole(1), metavar="N", help="only draw N digits, with a trained generator")
@@ -75,15 +72,12 @@ def settings(argv=None):
         p.error("--digit needs --sample N")
     if not (0 <= args.average < 1 and args.beta2 < 1 and args.penalty_share <= 1):
         p.error("--average must be in [0, 1), --beta2 in (0, 1), --penalty-share in (0, 1]")
-    if args.precision == "auto":
-        bf16 = common.has_bf16(common.pick_device(args.device))
-        args.precision = "bf16" if bf16 else "fp32"
     return args
 
 
 def leaky_relu(x):
-    """max(x, x / 5). The gradient penalty would send the second derivative of torch's own, zeros,
-    back through the whole network once more; a constant slope has none."""
+    """max(x, x / 5). With torch's own, the gradient penalty sends a second derivative, of zeros,
+    back through the whole network; a constant slope has none."""
     return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
@@ -144,8 +138,8 @@ class Critic(nn.Module):
 class DigitReader(nn.Module):
     """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
 
-    The 64 `features` before its last layer are the space of our Frechet distance. It shares no
-    weight, no random number and no architecture with the networks it judges, and no loss sees it.
+    Our Frechet distance is in the 64 `features` before its last layer. It shares no weight, random
+    number or architecture with the networks it judges, and no loss sees it.
     """
 
     def __init__(self):
@@ -168,7 +162,7 @@ def gradient_norms(critic, real, fake, rng=None):
     `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per
     example, not per pixel, and the norm is over all of an example's pixels.
     """
-    u = torch.rand(len(real), 1, 1, 1, device=real.device, generator=rng)
+    u = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between)[0].sum(), between, create_graph=True)
     return gradient.flatten(1).norm(dim=1)
@@ -183,8 +177,8 @@ def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
     """What the critic descends: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
 
     Images real, fake (N, 1, S, S); labels (N,) int64 of the real ones, which alone are classified.
-    The penalty's double backward is the most expensive part of a step: it is taken on the first
-    `share` of the batch, a mean either way. Returns (loss, its parts by name).
+    The penalty, the most expensive part of a step, is taken on the first `share` of the batch.
+    Returns (loss, its parts by name).
     """
     n, k = len(real), math.ceil(len(real) * share)
     scores, logits = critic(torch.cat([real, fake]))
@@ -201,28 +195,15 @@ def generator_loss(critic, fake, labels):
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def random_state(device):
-    """The states of torch's random numbers, {kind of device: state}, for a checkpoint."""
-    return {kind: RANDOM[kind].get_rng_state() for kind in {"cpu", device.type}}
-
-
-def set_random_state(state, device):
-    """Restore what `random_state` returned; of a run on another kind of device, the CPU's only."""
-    for kind in {"cpu", device.type} & state.keys():
-        RANDOM[kind].set_rng_state(state[kind])
-
-
 def starting_point(path, kind, settings, args):
     """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
-
-    One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure.
-    """
+    One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure."""
     if args.force or not path.exists():
         return None
     advice = "choose another --out, or overwrite it with --force"
     checkpoint = common.load_checkpoint(path, kind, advice)
     old = checkpoint.get("settings", {})
-    differ = [f"{k} {old.get(k)}, not {settings[k]}" for k in settings if old.get(k) != settings[k]]
+    differ = [f"{k} {old.get(k)}, not {x}" for k, x in settings.items() if old.get(k) != x]
     if differ:
         raise common.Failure(f"{path} was made with {'; '.join(differ[:3])[:120]}; {advice}", 2)
     return checkpoint if args.resume else None
@@ -239,7 +220,7 @@ class Training:
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
-        self.device, self.steps, self.seconds, self.history = device, 0, 0.0, []
+        self.done = {"steps": 0, "seconds": 0.0, "history": [], "curve": []}
         self.generator = Generator(args.latent, args.width, args.image_size).to(device)
         self.critic = Critic(args.width, args.image_size).to(device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -250,17 +231,15 @@ class Training:
 
     def save(self, path, settings):
         content = {name: getattr(self, name).state_dict() for name in self.parts}
-        content |= {"steps": self.steps, "seconds": self.seconds, "history": self.history}
-        content |= {"kind": "acwgan", "settings": settings, "random": random_state(self.device)}
-        common.save_checkpoint(path, content)
+        content |= {"kind": "acwgan", "settings": settings, "random": torch.get_rng_state()}
+        common.save_checkpoint(path, content | self.done)
 
     def load(self, path, checkpoint):
         with common.advise(path, ANEW):
             for name in self.parts:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            self.steps, self.seconds = int(checkpoint["steps"]), float(checkpoint["seconds"])
-            self.history = list(checkpoint["history"])
-            set_random_state(checkpoint["random"], self.device)
+            self.done = {name: checkpoint[name] for name in self.done}
+            torch.set_rng_state(checkpoint["random"])  # the CPU's, which all draw from
 
 
 def resize(images, size):
@@ -268,92 +247,83 @@ def resize(images, size):
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def train(training, args, settings, images, labels):
-    """Train to the end of the last epoch, on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64.
-
-    Writes checkpoint.pt and history.csv each minute and epoch. Raises Failure for infinite weights.
-    """
+def train(training, args, settings, images, labels, look):
+    """Train on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64; write checkpoint.pt and
+    history.csv each minute and epoch, and measure look(generator), a dictionary, ten times.
+    Raises Failure for infinite weights."""
     generator, critic, average = training.generator, training.critic, training.average
-    kind, bf16 = images.device.type, args.precision == "bf16"
-    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
+    device, bf16 = images.device, common.has_bf16(images.device)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     per_epoch = len(images) // args.batch_size
-    total = args.epochs * per_epoch
-    began, saved, order = time.time() - training.seconds, time.time(), None
-    steps = range(training.steps * args.critic_steps, total * args.critic_steps)
-    bar = common.progress(steps, "AC-WGAN-GP", steps.stop, initial=steps.start)
-    for critic_step in bar:
-        step, repeat = divmod(critic_step, args.critic_steps)
+    total, done = args.epochs * per_epoch, training.done
+    marks = {math.ceil(total * i / 10) for i in range(1, 11)}
+    penalty = args.penalty, args.penalty_share
+    began, saved, order = time.time() - done["seconds"], time.time(), None
+    steps = range(done["steps"], total)
+    bar = common.progress(steps, "AC-WGAN-GP", total, initial=steps.start)
+    for step in bar:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or order is None:  # each epoch has its seed, for a run resumed within it
             rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=rng).to(images.device)
+            order = torch.randperm(len(images), generator=rng).to(device)
         batch = order[i * args.batch_size :][: args.batch_size]
         real, y = resize(images[batch], args.image_size), labels[batch]
         remaining = 1 - step / total if args.decay == "linear" else 1
         training.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
         training.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
-        # the digits of a batch's last critic step train the generator, too, which needs their graph
-        last = repeat == args.critic_steps - 1
-        z = torch.randn(len(real), args.latent, device=images.device)
-        with autocast(), torch.set_grad_enabled(last):
-            fake = generator(z, y).float()
-        with autocast():
-            fixed = fake.detach()
-            loss, losses = critic_loss(critic, real, y, fixed, args.penalty, args.penalty_share)
-        training.critic_adam.zero_grad()
-        loss.backward()
-        training.critic_adam.step()
-        if not last:
-            continue
+        for repeat in range(args.critic_steps):
+            z = torch.randn(len(real), args.latent).to(device)
+            # the last digits also train the generator, which needs their graph
+            with autocast(), torch.set_grad_enabled(repeat == args.critic_steps - 1):
+                fake = generator(z, y).float()
+            with autocast():
+                loss, losses = critic_loss(critic, real, y, fake.detach(), *penalty)
+            training.critic_adam.zero_grad()
+            loss.backward()
+            training.critic_adam.step()
 
-        critic.requires_grad_(False)
         with autocast():
             losses["generator"] = generator_loss(critic, fake, y)
         training.generator_adam.zero_grad()
-        losses["generator"].backward()
+        losses["generator"].backward(inputs=[*generator.parameters()])
         training.generator_adam.step()
-        critic.requires_grad_(True)
-        training.steps += 1
-        # a short average at first: a long one would keep the noise of the untrained generator
-        decay = min(args.average, 1 - 8 / (training.steps + 8))
+        done["steps"] = step + 1
+        # short at first: a long average would keep the noise of the start
+        decay = min(args.average, 1 - 8 / (step + 9))
         with torch.no_grad():
-            for mean, weight in zip(average.parameters(), generator.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
-            for mean, value in zip(average.buffers(), generator.buffers(), strict=True):
-                mean.copy_(value)
-        training.seconds = time.time() - began
-        if training.steps % 50 == 1:
+            torch._foreach_lerp_([*average.parameters()], [*generator.parameters()], 1 - decay)
+            torch._foreach_copy_([*average.buffers()], [*generator.buffers()])
+        done["seconds"] = time.time() - began
+        if step % 50 == 0:
             losses = {name: value.item() for name, value in losses.items()}
             bar.set_postfix(losses, refresh=False)
-            training.history.append({"step": step + 1, "seconds": training.seconds, **losses})
-        if training.steps % per_epoch == 0 or time.time() - saved > SAVE_EVERY:
+            done["history"].append({"step": step + 1, "seconds": done["seconds"], **losses})
+        if done["steps"] in marks:
+            done["curve"].append({"epochs": done["steps"] / per_epoch, **look(average)})
+        if done["steps"] % per_epoch == 0 or time.time() - saved > SAVE_EVERY:
             if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
                 raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
             training.save(args.out / "checkpoint.pt", settings)
-            write_history(args.out / "history.csv", training.history)
+            write_history(args.out / "history.csv", done["history"])
             saved = time.time()
 
 
 @torch.no_grad()
 def generate(generator, labels, seed):
-    """Images (N, 1, 28, 28) in [0, 1], rounded as an 8-bit file holds them, for labels (N,) int64.
-
-    Their latent numbers depend on `seed` and N alone: two generators can be given the same ones.
-    """
+    """Images (N, 1, 28, 28) in [0, 1], rounded to 8 bits, for labels (N,) int64. The latent numbers
+    depend on `seed` and N alone: two generators can get the same ones."""
     rng = torch.Generator().manual_seed(seed)
     latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
     parts = zip(latent.split(1000), labels.split(1000), strict=True)
-    images = torch.cat([generator(z, y) for z, y in parts])
-    return (resize(images, 28) * 255).round() / 255
+    images = resize(torch.cat([generator(z, y) for z, y in parts]), 28)
+    return (images * 255).round() / 255
 
 
-def train_classifier(
-    network, images, labels, seed, epochs=3, rate=4e-3, shift=2, smoothing=0.05, attack=None
-):
-    """Train on digits moved by up to `shift` pixels; adversarially where an `attack` is given.
+def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothing, attack=None):
+    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64; few images get more epochs.
 
-    Images (N, 1, 28, 28) in [0, 1], labels (N,) int64; few images get more epochs. One-cycle step
-    size (Smith & Topin 2018). attack(network, images, labels) -> the images to train on.
+    Digits are moved by up to `shift` pixels; attack(network, images, labels) -> the images to train
+    on. One-cycle step size (Smith & Topin 2018).
     """
     rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
     epochs = max(epochs, 300 * batch // len(images))
@@ -378,20 +348,19 @@ def train_classifier(
 
 
 def kept_classifier(path, settings, network, fit):
-    """`network` with the weights kept at `path`, or trained by `fit(network)` and then kept there.
+    """`network` with the weights at `path`, or trained by `fit(network)` and kept there.
 
-    `settings`: plain values, all that makes the weights (data, seed, epochs, ...); where the file's
-    are others, `fit` trains anew. Raises Failure for a file that can't be read.
+    `settings`: plain values, all that makes the weights; where the file's are others, `fit` trains
+    anew. Raises Failure for a file that can't be read.
     """
     advice = "delete it, and a new one is trained"
     kept = common.load_checkpoint(path, "classifier", advice) if path.exists() else {}
-    if kept.get("settings") == settings:
-        with common.advise(path, advice):
-            network.load_state_dict(kept["network"])
-    else:
+    if kept.get("settings") != settings:
         fit(network)
         kept = {"kind": "classifier", "settings": settings, "network": network.state_dict()}
         common.save_checkpoint(path, kept)
+    with common.advise(path, advice):
+        network.load_state_dict(kept["network"])
     return network.eval().requires_grad_(False)
 
 
@@ -403,7 +372,7 @@ def learnt(n):
 def digit_reader(out, dataset, images, labels):
     """The reader for these training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt."""
     n = learnt(len(images))
-    # the same reader beside every GAN, and the same GAN beside every reader
+    # the same reader beside every GAN, and the reverse
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(READER["seed"])
         reader = DigitReader().to(images.device)
@@ -414,37 +383,28 @@ def digit_reader(out, dataset, images, labels):
 
 @torch.no_grad()
 def predict(network, images):
-    """What a network answers to images (N, 1, 28, 28), a thousand at a time: logits or features."""
+    """Logits or features of images (N, 1, 28, 28), 1,000 at a time."""
     return torch.cat([network(part) for part in images.split(1000)])
 
 
-def moments(features):
-    """Mean (D,) and covariance (D, D), in float64, of features (N, D)."""
-    return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False)
+def frechet(features, images, test_images):
+    """The Frechet distance of images to test images in `features`: images -> (N, D) in NumPy."""
+    moments = []
+    for x in (features(images), features(test_images)):
+        moments += [x.mean(0, dtype=np.float64), np.cov(x, rowvar=False)]
+    return common.frechet_distance(*moments)
 
 
 def reader_distance(reader, images, test_images):
-    """Frechet distance of images (N, 1, 28, 28) to the test images, in the reader's features.
-
-    The one distance of weeks 1 and 2; it is not FID. Week 2's samples have classes equally often:
-    week 1 records theirs as reader_frechet_distance_equal_classes.
-    """
-    features = [predict(reader.features, x).cpu().double().numpy() for x in (images, test_images)]
-    return common.frechet_distance(*moments(features[0]), *moments(features[1]))
-
-
-def inception_fid(weights, images, test_images):
-    """FID of images (N, 1, 28, 28) to the test images; compare it with those of equal N only."""
-    features = [common.inception_features(x, weights, x.device) for x in (images, test_images)]
-    fid = common.frechet_distance(*moments(features[0]), *moments(features[1]))
-    return {"fid": fid, "fid_n": len(images), "fid_features": f"2,048 of {weights.name}"}
+    """The Frechet distance of weeks 1 and 2, in the reader's features; it is not FID."""
+    return frechet(lambda x: predict(reader.features, x).cpu().numpy(), images, test_images)
 
 
 def measure(training, args, reader, images, labels, test_images, test_labels):
-    """The numbers of the report, and the samples (N, 1, 28, 28) that they are about.
+    """The samples (N, 1, 28, 28), classes equally often, and the numbers of the report.
 
-    Samples have classes equally often. The headline Frechet distance is that of a second set, with
-    the classes of real images that the reader has not learnt; its floor is that of these images.
+    The headline Frechet distance is that of a second set, with the classes of real images that the
+    reader has not learnt; its floor is that of these images.
     """
     n, first = args.samples, learnt(len(images))
     asked = torch.arange(n, device=images.device) % CLASSES
@@ -455,20 +415,18 @@ def measure(training, args, reader, images, labels, test_images, test_labels):
     floor = reader_distance(reader, real_images, test_images)
     right = predict(reader, test_images).argmax(1) == test_labels
     hits = predict(reader, samples).argmax(1) == asked
-    k, rng = min(1000, n), torch.Generator(images.device).manual_seed(0)
-    test, fake = (resize(x[:k], args.image_size) for x in (test_images, samples))
-    norms = gradient_norms(training.critic, test, fake, rng)
+    pairs = (resize(x[:1000], args.image_size) for x in (test_images[:n], samples))
+    norms = gradient_norms(training.critic, *pairs, torch.Generator().manual_seed(0))
     return samples, {
-        "steps": training.steps,
-        "training_seconds": training.seconds,
-        "steps_per_second": training.steps / training.seconds,
+        "steps": training.done["steps"],
+        "training_seconds": training.done["seconds"],
+        "steps_per_second": training.done["steps"] / training.done["seconds"],
         "gradient_norm_on_interpolates": norms.mean().item(),
         "reader_right_on_test_images": common.wilson(right.sum(), len(right)),
         "asked_class_read": common.wilson(hits.sum(), n),
         "reader_frechet_distance": distance,
         "reader_frechet_distance_floor": floor,
         "reader_frechet_distance_over_floor": distance / floor,
-        "reader_frechet_distance_n": len(natural),
         "reader_frechet_distance_equal_classes": reader_distance(reader, samples, test_images),
     }
 
@@ -482,12 +440,12 @@ def save_samples(path, images, labels):
 
 def save_grid(path, images, columns):
     """Write a page of digits (N, 1, 28, 28) in [0, 1], each pixel three wide, as PNG."""
-    large = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    large = F.interpolate(images, scale_factor=3)
     page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
     common.write_file(path, lambda file: torchvision.utils.save_image(page, file, "png"))
 
 
-def plot(title, x_label, y_label, series, joined=True):
+def plot(y_label, x_label, series, joined=True):
     """A picture, 430 x 330 pixels, of series {name: (x, y)}, sequences of numbers from 0 up."""
     page = Image.new("RGB", (430, 330), "white")
     ink, font = ImageDraw.Draw(page), ImageFont.load_default(12)
@@ -496,7 +454,6 @@ def plot(title, x_label, y_label, series, joined=True):
     def place(x, y):
         return 50 + 350 * x / top_x, 280 - 230 * y / top_y
 
-    ink.text((215, 6), title, "black", font, "mt")
     ink.text((225, 326), x_label, "black", font, "mb")
     ink.text((8, 40), y_label, "black", font, "lb")
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -505,17 +462,18 @@ def plot(title, x_label, y_label, series, joined=True):
         ink.text((45, y), f"{share * top_y:.3g}", "black", font, "rm")
         ink.text((x, 286), f"{share * top_x:.3g}", "black", font, "mt")
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour, points = COLOURS[i % len(COLOURS)], list(map(place, xs, ys))
+        colour, points = COLOURS[i % len(COLOURS)], [*map(place, xs, ys)]
         if joined:
             ink.line(points, colour, 2)
         for x, y in points:
             ink.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        ink.text((60, 50 + 15 * i), name, colour, font)
+        where = (60, 50 + 15 * i) if joined else (points[0][0] + 6, points[0][1] - 6)
+        ink.text(where, name, colour, font)
     return page
 
 
 def draw(args, device):
-    """--sample: draw digits with the averaged generator of the checkpoint in --out."""
+    """--sample: draw digits with the checkpoint's averaged generator."""
     path, training = args.out / "checkpoint.pt", Training(args, device)
     training.load(path, common.load_checkpoint(path, "acwgan", ANEW))
     turn = torch.arange(args.sample, device=device) % CLASSES
@@ -528,7 +486,7 @@ def draw(args, device):
 
 
 def main(argv=None):
-    """Train, sample, measure and write everything into --out; returns what results.json holds."""
+    """Train, sample, measure, write it all into --out; returns what results.json holds."""
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
@@ -550,16 +508,29 @@ def main(argv=None):
     weights = args.data / common.INCEPTION
     if args.inception:
         common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-        common.inception_features(images[:1], weights)  # a damaged file ends the run now
-    _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-    tensors = [x.to(device) for x in (images, labels, test_images, test_labels)]
-    images, labels, test_images, test_labels = tensors
+        common.inception_features(images[:1], weights)  # is it damaged? better known now
+    test = common.load_digits(dataset, args.data, False)[1:]
+    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, *test))
     reader = digit_reader(args.out, dataset, images, labels)
-    train(training, args, kept, images, labels)
-    samples, numbers = measure(training, args, reader, *tensors)
+
+    def look(generator):
+        asked = torch.arange(1000, device=device) % CLASSES
+        drawn = generate(generator, asked, args.seed)
+        read = (predict(reader, drawn).argmax(1) == asked).float().mean().item()
+        return {"read": read, "distance": reader_distance(reader, drawn, test_images[:1000])}
+
+    train(training, args, kept, images, labels, look)
+    samples, numbers = measure(training, args, reader, images, labels, test_images, test_labels)
     if args.inception:
-        numbers |= inception_fid(weights, samples, test_images)
+        features = functools.partial(common.inception_features, weights=weights, device=device)
+        numbers["fid"] = frechet(features, samples, test_images)
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), numbers.items())
+    numbers["curve"] = training.done["curve"]
+    page = Image.new("RGB", (860, 330))
+    for i, key in enumerate(("read", "distance")):
+        curve = [[row[axis] for row in training.done["curve"]] for axis in ("epochs", key)]
+        page.paste(plot(f"{key}, of 1,000 digits", "epochs", {"": curve}), (430 * i, 0))
+    common.write_file(args.out / "curves.png", lambda file: page.save(file, "png"))
     save_samples(args.out / "samples.npz", samples, torch.arange(len(samples)) % CLASSES)
     blank = torch.full_like(samples[:8], 0.3)
     real = [test_images[test_labels == digit][:4] for digit in range(CLASSES)]

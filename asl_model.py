@@ -1,20 +1,17 @@
 """Weeks 3 to 5: the multi-label classifier that the log attacked.
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
-et al. 2020, arXiv 2009.14119; github.com/Alibaba-MIIL/ASL). The files published with ASL give their
-logits here, without inplace_abn and CUDA. Two things go wrong silently elsewhere: the scale of an
-InPlace-ABN is |gamma| + eps, not gamma, and these networks take photos squashed to a square, not
-cropped, of pixels in [0, 1], without mean and std. The package that the ASL repository pinned gave
-attackers a wrong gradient, the likely cause of what the log saw: `inplace_abn_1_0_12` rebuilds it.
+et al. 2020, arXiv 2009.14119). The published files give their logits here: the scale of an
+InPlace-ABN is |gamma| + eps, and photos are squashed to a square. The inplace_abn that ASL pinned
+gave attackers a wrong gradient, the likely cause of what the log saw: see `inplace_abn_1_0_12`.
 
-    python asl_model.py --image photo.jpg             the labels present, by the published TResNet-M
-    python asl_model.py --evaluate --dataset coco     mAP, precision and recall
-    python asl_model.py --train --dataset scenes      a classifier of small scenes, in minutes
-    python asl_model.py --train --dataset coco        a TResNet-M on photos, from nothing
-    python asl_model.py --resume                      continue a training that was stopped
+    python asl_model.py --image photo.jpg           the labels present, by the published TResNet-M
+    python asl_model.py --evaluate --dataset coco   mAP, precision and recall
+    python asl_model.py --train --dataset scenes    a classifier, in minutes (coco: a TResNet-M)
+    python asl_model.py --resume                    continue a training that was stopped
 
-Writes into --out: results.json; with --train checkpoint.pt, history.csv (loss and mAP) and, at the
-end, the best network, <arch>-<dataset>.pth, which --weights takes.
+Writes into --out: results.json; with --train checkpoint.pt, history.csv (loss and mAP) and the best
+network, <arch>-<dataset>.pth, which --weights takes.
 """
 
 import argparse
@@ -25,6 +22,7 @@ import os
 import re
 import runpy
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -40,83 +38,76 @@ from torchvision.transforms import RandAugment
 import acwgan
 import common
 
-# blocks of the four stages, width (of 64 channels), pixels the weights are for
+# blocks of the four stages, width (of 64 channels), pixels, file in the zoo
 ARCHITECTURES = {
-    "tresnet_s": ((2, 3, 1, 1), 0.25, 64),
-    "tresnet_m": ((3, 4, 11, 3), 1.0, 224),
-    "tresnet_l": ((4, 5, 18, 3), 1.2, 448),
-    "tresnet_xl": ((4, 5, 24, 3), 1.3, 640),
+    "tresnet_s": ((2, 3, 1, 1), 0.25, 64, None),
+    "tresnet_m": ((3, 4, 11, 3), 1.0, 224, "MS_COCO_TRresNet_M_224_81.8.pth"),
+    "tresnet_l": ((4, 5, 18, 3), 1.2, 448, "MS_COCO_TRresNet_L_448_86.6.pth"),
+    "tresnet_xl": ((4, 5, 24, 3), 1.3, 640, "MS_COCO_TResNet_xl_640_88.4.pth"),
 }
-# what --train takes unless told otherwise
-TRAINING = ("arch", "epochs", "batch_size", "lr", "augment")
-DEFAULTS = {
-    "scenes": ("tresnet_s", 13, 64, 5e-3, False),
-    "coco": ("tresnet_m", 60, 16, 1e-3, True),
+ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
+DEFAULTS = {  # of --train
+    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3, "augment": False},
+    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3, "augment": True},
 }
-# a checkpoint is resumed with equal ones only
-SHAPING = (*TRAINING, "dataset", "digits", "split", "limit", "image_size", "seed")
+# what a checkpoint must match to be resumed or overwritten
+SHAPING = (*DEFAULTS["coco"], "dataset", "digits", "split", "limit", "image_size", "seed")
 GAMMA_POS = {"scenes": 1, "coco": 0}  # ASL's focusing of the positives; coco's as in the log
-AVERAGE = 0.99  # decay per step of the averaged network [0.9997 in the ASL repository]
-EPOCH = 10_000  # scenes, new ones in every epoch
-FIT_IN_MEMORY = 1000  # photos, which are then decoded once, not in every epoch
+AVERAGE = 0.99  # decay per step of the averaged network [0.9997]
+EPOCH = 10_000  # new scenes in every epoch
 SAVE_EVERY = 60  # seconds between checkpoints
 ANEW = "train anew with --force, or choose another --out"
 
 
 def settings(argv=None):
     """The flags [the ASL repository's value]; --resume takes the defaults from the checkpoint."""
-
-    help_of = zip(TRAINING, *DEFAULTS.values(), strict=True)
-    default = {name: f"(otherwise {a} for scenes, {b} for coco)" for name, a, b in help_of}
-    out, limit = Path("runs/asl_model"), "use only the first N photos, or N scenes in an epoch"
+    out, limit = Path("runs/asl_model"), "only the first N photos, or N scenes in an epoch"
     p = common.parser(__doc__, out, "coco", tuple(DEFAULTS), "images and labels", limit, True)
+    p.epilog = "\n".join(f"--train on {name} takes {x}" for name, x in DEFAULTS.items())
     add, whole, positive = p.add_argument, common.whole, common.positive
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
     mode.add_argument("--train", action="store_true", help="train on --dataset, from nothing")
-    weights = "(otherwise the published ones; for scenes, trained now)"
-    add("--weights", type=Path, metavar="FILE", help=weights)
-    add("--arch", choices=ARCHITECTURES, help=f"published, or to train {default['arch']}")
-    add("--image-size", type=whole(32), metavar="N", help="in pixels (otherwise the weights' own)")
+    add("--weights", type=Path, metavar="FILE", help="otherwise published, or scenes' own")
+    add("--arch", choices=ARCHITECTURES, help="published, or to train")
+    add("--image-size", type=whole(32), metavar="N", help="in pixels; otherwise the weights' own")
     add("--threshold", type=positive, default=0.5, help="a label is present above this [0.8]")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
-    split = "photos of coco (otherwise train2017 for --train, and val2017)"
-    add("--split", choices=("val2017", "train2017"), help=split)
-    add("--epochs", type=whole(1), help=f"passes over the images {default['epochs']}")
-    add("--batch-size", type=whole(2), help=f"images per step [128] {default['batch_size']}")
-    add("--lr", type=positive, help=f"Adam's largest step size [1e-4] {default['lr']}")
-    augment = f"show photos through Cutout and RandAugment {default['augment']}"
-    add("--augment", action=argparse.BooleanOptionalAction, help=augment)
+    add("--split", choices=("val2017", "train2017"), help="of coco (val2017; --train: train2017)")
+    add("--epochs", type=whole(1), help="passes over the images")
+    add("--batch-size", type=whole(2), help="images per step [128]")
+    add("--lr", type=positive, help="Adam's largest step size [1e-4]")
+    add("--augment", action=argparse.BooleanOptionalAction, help="by Cutout and RandAugment")
     args = p.parse_args(argv)
-    path = args.out / "checkpoint.pt"
-    if args.resume and not path.exists():
-        p.error(f"there is no {path}; train first, or name its folder with --out")
     if args.resume:
+        path = args.out / "checkpoint.pt"
+        if not path.exists():
+            p.error(f"there is no {path}; train first, or name its folder with --out")
         with common.advise(path, ANEW):
-            checkpoint = common.load_checkpoint(path, "asl_model", ANEW)
-            p.set_defaults(train=True, data=checkpoint["data"], **checkpoint["settings"])
-        args = p.parse_args(argv)
-    if [bool(args.image), args.evaluate, args.train].count(True) != 1:
-        p.error("one of --image, --evaluate and --train is required")
-    if args.train and args.weights:
-        p.error("--weights goes with --image or --evaluate")
-    if args.dataset == "scenes" and (args.split or args.augment):
-        p.error("--split and --augment go with --dataset coco")
-    has_weights = args.weights or (args.dataset == "coco" and args.arch in PUBLISHED)
-    if args.arch and not (args.train or has_weights):
-        p.error(f"there are no published weights of {args.arch}; name a file with --weights")
-    for name, value in zip(TRAINING, DEFAULTS[args.dataset], strict=True):
-        if getattr(args, name) is None and (args.train or name != "arch"):
-            setattr(args, name, value)
+            made = common.load_checkpoint(path, "asl_model", ANEW)["settings"]
+            p.set_defaults(train=True, **made)
+    elif args.train:
+        p.set_defaults(**DEFAULTS[args.dataset])
+    args = p.parse_args(argv)
+    scenes, modes = args.dataset == "scenes", [bool(args.image), args.evaluate, args.train]
+    has_weights = args.train or args.weights or (args.arch != "tresnet_s" and not scenes)
+    for wrong, text in (
+        (modes.count(True) != 1, "one of --image, --evaluate and --train is required"),
+        (args.train and args.weights, "--weights goes with --image or --evaluate"),
+        (scenes and (args.split or args.augment), "--split and --augment go with --dataset coco"),
+        (args.arch and not has_weights, f"no weights of {args.arch} are published; use --weights"),
+        (args.threshold >= 1, "--threshold must lie below 1"),
+        ((args.image_size or 4) % 4, "--image-size must be a multiple of 4"),
+    ):
+        if wrong:
+            p.error(text)
     if args.train:
         args.image_size = args.image_size or ARCHITECTURES[args.arch][2]
-    if args.threshold >= 1 or (args.image_size or 4) % 4:
-        p.error("--threshold must lie below 1, --image-size must be a multiple of 4")
-    if args.dataset == "coco":
-        args.split = args.split or ("train2017" if args.train else "val2017")
-    else:
+    if scenes:
         args.digits = common.load_digits(args.digits, args.data, True, 1)[0]
+    else:
+        args.split = args.split or ("train2017" if args.train else "val2017")
     return args
 
 
@@ -152,8 +143,7 @@ class BlurPool(nn.Module):
     """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486)."""
 
     def forward(self, x):
-        # two means of 2x2, as a depthwise convolution's backward pass is slow on a CPU; on CUDA,
-        # that of reflect padding sums in no fixed order: equal seeds train equally up to rounding
+        # two means of 2x2: a depthwise convolution's backward pass is slow on a CPU
         return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 2, 1), 2)
 
 
@@ -181,8 +171,8 @@ class Block(nn.Module):
         hidden = max(planes // (2 if bottleneck else 4), 64)
         self.se = SqueezeExcitation(planes, hidden) if excite else nn.Identity()
         self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
-        last_norm = self.conv3[1] if bottleneck else self.conv2[1]
-        nn.init.zeros_(last_norm.weight)  # at first each block hands on what it gets
+        last = self.conv3 if bottleneck else self.conv2
+        nn.init.zeros_(last[1].weight)  # at first a block hands on its input
 
     def forward(self, x):
         residual = self.conv3(self.se(self.conv2(self.conv1(x))))
@@ -194,21 +184,19 @@ class TResNet(nn.Module):
 
     def __init__(self, arch, num_classes=80):
         super().__init__()
-        blocks, width, self.image_size = ARCHITECTURES[arch]
+        blocks, width, self.image_size, _ = ARCHITECTURES[arch]
         self.arch = arch
         channels = planes = int(64 * width)
-        self.body = nn.Sequential()
-        self.body.add_module("conv1", ConvNorm(48, planes, 3, 1e-2))
+        body = OrderedDict(conv1=ConvNorm(48, planes, 3, 1e-2))
         for stage, depth in enumerate(blocks, 1):
-            layer = nn.Sequential()
+            layer = body[f"layer{stage}"] = nn.Sequential()
             for i in range(depth):
                 stride = 2 if stage > 1 and i == 0 else 1
                 layer.append(Block(channels, planes, stride, stage < 4, bottleneck=stage > 2))
                 channels = 4 * planes if stage > 2 else planes
-            self.body.add_module(f"layer{stage}", layer)
             planes *= 2
-        self.head = nn.Sequential()
-        self.head.add_module("fc", nn.Linear(channels, num_classes))
+        self.body = nn.Sequential(body)
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels, num_classes)))
         nn.init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
@@ -223,8 +211,7 @@ tresnet = TResNet  # its state dict has the names and shapes of the ASL reposito
 
 @torch.no_grad()
 def fold(network):
-    """A copy of a `TResNet`, each norm folded into its convolution: equal logits, gradients only
-    for the images, channels-last."""
+    """A copy of a `TResNet`, norms folded into convolutions: equal logits, no weight's gradient."""
     device = next(network.parameters()).device
     network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
     for module in network.modules():
@@ -233,20 +220,18 @@ def fold(network):
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
             conv.bias = nn.Parameter((norm.bias - norm.running_mean * scale).to(norm.bias.dtype))
-            linear = norm.slope == 1
-            module[1] = nn.Identity() if linear else nn.LeakyReLU(norm.slope, inplace=True)
+            module[1] = nn.Identity() if norm.slope == 1 else nn.LeakyReLU(norm.slope, inplace=True)
     return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-
-RELUS = {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
 
 
 class SkipActivations(torch.overrides.TorchFunctionMode):
     """While active, leaky ReLUs, and ReLUs of a batch norm, are the identity in backward passes."""
 
+    relus = F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        follows_norm = function in RELUS and getattr(args[0], "is_normalised", False)
+        follows_norm = function in self.relus and getattr(args[0], "is_normalised", False)
         if function is F.leaky_relu or follows_norm:
             x, value = args[0], args[0].detach()
             return function(value.clone(), **kwargs) + (x - value)  # plus zero, of gradient 1
@@ -257,60 +242,45 @@ class SkipActivations(torch.overrides.TorchFunctionMode):
         return result
 
 
-class PinnedInplaceAbn(nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        with SkipActivations():
-            return self.network(images)
-
-
 def inplace_abn_1_0_12(model):
-    """A copy of `model`, in eval mode, with its logits and the gradient of inplace_abn v1.0.12.
+    """A copy of `model` in eval mode with its logits and the gradient of inplace_abn v1.0.12.
 
-    The ASL repository pinned that version. In eval mode its backward pass hands on `dy_act`, the
+    The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
     gradient behind the activation, where `dy`, the one before it, is meant: the leaky ReLU's
-    derivative is skipped. The forward pass and training are right, so only an attack notices.
+    derivative is skipped. Any network will do: its leaky ReLUs, and each ReLU that takes the very
+    output of a batch norm, get that gradient."""
+    model = copy.deepcopy(model).eval()
+    forward = model.forward
 
-    Any network will do: its leaky ReLUs (of a `TResNet`, folded or not, all of InPlace-ABN; in
-    TResNet-M 36) and each ReLU that takes the very output of a batch norm get that gradient, as if
-    the package stood there. ReLUs behind a sum or in squeeze-and-excitation keep theirs.
-    """
-    return PinnedInplaceAbn(copy.deepcopy(model)).eval()
+    def pinned(images):
+        with SkipActivations():
+            return forward(images)
 
-
-ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
-PUBLISHED = {
-    "tresnet_m": "MS_COCO_TRresNet_M_224_81.8.pth",
-    "tresnet_l": "MS_COCO_TRresNet_L_448_86.6.pth",
-    "tresnet_xl": "MS_COCO_TResNet_xl_640_88.4.pth",
-}
+    model.forward = pinned
+    return model
 
 
 def published(arch, data_dir):
-    """The path of the published COCO weights of `arch` in `data_dir`, downloaded if absent."""
-    return common.download(ZOO + PUBLISHED[arch], Path(data_dir) / PUBLISHED[arch])
+    """The path of the published weights of `arch` in `data_dir`, downloaded if absent."""
+    file = ARCHITECTURES[arch][3]
+    return common.download(ZOO + file, Path(data_dir) / file)
 
 
 def inplace_abn_gammas(state):
     """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
 
     InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
-    its scale must not be zero. Its kernels take the eps that stands beside the variance.
-    """
+    its scale must not be zero; the eps is the one beside the variance."""
     moments = [name for name in state if name.endswith("running_mean")]
     gammas = {name.removesuffix("running_mean") + "weight" for name in moments}
     return {k: x.float().abs() + NormAct.eps if k in gammas else x for k, x in state.items()}
 
 
 def load_asl(path, arch=None, folded=True):
-    """(Network, class names) of a file as the ASL repository's: {"model", "idx_to_class"}.
+    """(Network, class names) of a file {"model": state dict, "idx_to_class"}, or a state dict.
 
     `arch` None: by the first layer's width. `folded` False: with its norms, in eval mode. Names are
-    in the order of the outputs; numbers, where the file has none. The state dict may also stand
-    under "state_dict" or alone. Raises Failure for an absent, damaged, hostile or other file.
+    in the order of the outputs, else numbers. Raises Failure for other files.
     """
     advice = "name another file with --weights"
     content = common.load_checkpoint(path, None, advice)
@@ -318,11 +288,11 @@ def load_asl(path, arch=None, folded=True):
         state = content.get("model", content.get("state_dict", content))
         state = {k: x for k, x in state.items() if not k.endswith("num_batches_tracked")}
         classes, stem = len(state["head.fc.weight"]), len(state["body.conv1.0.weight"])
-        widths = {int(64 * width): name for name, (_, width, _) in ARCHITECTURES.items()}
+        widths = {int(64 * width): name for name, (_, width, *_) in ARCHITECTURES.items()}
         network = tresnet(arch or widths[stem], classes)
         if not all(x.is_floating_point() and x.isfinite().all() for x in state.values()):
             raise ValueError("its weights are not all finite numbers")
-        # our own files, marked, hold gammas that batch norm has trained, and may be negative
+        # our own files hold gammas that batch norm has trained, and may be negative
         own = content.get("norm") == "batch norm"
         network.load_state_dict(state if own else inplace_abn_gammas(state))
         network.image_size = content.get("settings", {}).get("image_size", network.image_size)
@@ -389,7 +359,7 @@ def load_imagenet(data_dir, class_names, limit=None):
 
 
 def label_index(name, names, what="labels"):
-    """The place of `name` among `names`; Failure, with the nearest ones, if it is none of them."""
+    """The place of `name` among `names`; Failure, with the nearest, if it is none."""
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
@@ -398,13 +368,9 @@ def label_index(name, names, what="labels"):
 
 
 class AsymmetricLoss(nn.Module):
-    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> the sum of
-
-        -(1 - p)^gamma_pos log(p) for positives, -q^gamma_neg log(1 - q) for negatives,
-
-    a scalar; p = sigmoid(logit), q = max(p - clip, 0). In logarithms, so that no logit is too
-    large: the ASL repository's 1e-8 inside them ends the gradient at 18.
-    """
+    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar, the
+    sum of -(1 - p)^gamma_pos log(p) for positives and -q^gamma_neg log(1 - q) for negatives; p =
+    sigmoid(logit), q = max(p - clip, 0). In logarithms, so that no logit is too large."""
 
     def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
         super().__init__()
@@ -423,9 +389,9 @@ class AsymmetricLoss(nn.Module):
         return -(positive + (1 - targets) * q**self.gamma_neg * log_1_q).sum()
 
 
-class Augmented(Dataset):
-    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout and RandAugment, in this order,
-    as the log trained: such items, too, of which the i-th is the same for a `seed`."""
+class augmented(Dataset):  # noqa: N801 - called as a function
+    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout, then RandAugment, as the log
+    trained; the i-th is the same for a `seed`."""
 
     def __init__(self, photos, seed):
         self.photos, self.seed, self.rand_augment = photos, seed, RandAugment()
@@ -436,16 +402,13 @@ class Augmented(Dataset):
     def __getitem__(self, i):
         pixels = (self.photos[i] * 255).round().byte().permute(1, 2, 0)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # RandAugment draws here
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # of RandAugment
             image = self.rand_augment(cutout(Image.fromarray(pixels.numpy())))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-augmented = Augmented
-
-
 def cutout(image):
-    """Draw a square of half the side, in any colour and place, on `image` (arXiv 1708.04552)."""
+    """Draw a square of half the side, any colour and place, on `image` (arXiv 1708.04552)."""
     side = image.width // 2
     left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
     colour = tuple(torch.randint(256, (3,)).tolist())
@@ -454,15 +417,12 @@ def cutout(image):
 
 
 def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digits="auto", seed=0):
-    """(Images, labels, class names, what they are); the labels in the order of `names`, if given.
-
-    Images (N, 3, image_size, image_size), a tensor of scenes or `common.Photos`, and labels (N, L)
-    float32 0/1. Of COCO only the photos with a label, as in ASL. `split`: of scenes train,
-    validation or test, of COCO val2017 or train2017. Raises Failure if `names` are other labels.
-    """
+    """(Images, labels, class names, what they are): tensor (N, 3, S, S) or `common.Photos`; (N, L)
+    float32 0/1, in the order of `names`, if given. `split`: of scenes train, validation or test; of
+    COCO val2017 or train2017, photos with a label, as in ASL. Failure if `names` differ."""
     if dataset == "scenes":
-        source, place = common.scene_digits(digits, data_dir, split)[0], (digits, data_dir, split)
-        images, labels = common.load_scenes(limit or 2000, image_size, seed, *place)
+        source, *drawn = common.scene_digits(digits, data_dir, split)
+        images, labels = common.compose_scenes(*drawn, limit or 2000, image_size, seed)
         known, what = list("0123456789"), f"scenes of {source}'s {split} digits"
     else:
         photos, labels, known = common.load_coco(data_dir, image_size, limit, split)
@@ -474,30 +434,26 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digi
     names = names or known
     differ = sorted(set(names) ^ set(known))
     if differ:
-        odd = ", ".join(differ[:3])[:99]
-        raise common.Failure(
-            f"the network's labels are not {dataset}'s: one of them lacks {odd}", 2
-        )
+        lacks = ", ".join(differ[:3])[:99]
+        raise common.Failure(f"labels of {dataset} and the network: one of them lacks {lacks}", 2)
     return images, labels[:, [known.index(name) for name in names]], names, what
 
 
 def workers(images, device):
-    """Processes that decode photos ahead: enough for a GPU, one beside a CPU's own work."""
+    """Processes that decode photos ahead: enough for a GPU, or one beside a CPU's work."""
     if isinstance(images, torch.Tensor):
         return 0
     return min(16, os.cpu_count()) if device.type == "cuda" else 1
 
 
 def training_batches(args, data, steps, total, device):
-    """The batches (images, labels) from step `steps` to `total`, the same ones after a resume: of
-    `data`, digits, new scenes in each step (with --limit, the same in each epoch); of `data`,
-    photos, a new order, and new augmentation, in each epoch."""
+    """Batches (images, labels) from step `steps` to `total`, the same after a resume: photos, in a
+    new order in each epoch, or new scenes."""
     seed, per_epoch = args.seed * 1_000_003, total // args.epochs
     if args.dataset == "scenes":
         for step in range(steps, total):
-            number = step % per_epoch if args.limit else step
-            how = args.image_size, seed + number, args.digits, args.data
-            yield common.load_scenes(args.batch_size, *how)
+            number = step % per_epoch if args.limit else step  # --limit: the same in each epoch
+            yield common.compose_scenes(*data, args.batch_size, args.image_size, seed + number)
         return
     photos, labels = data
     first_epoch, done = divmod(steps, per_epoch)
@@ -517,23 +473,20 @@ def weights_path(args):
 
 
 def train(args, device):
-    """Train; write checkpoint.pt, history.csv and, at `weights_path`, the best network: that whose
-    average has the highest mAP on validation scenes, or val2017, at one of ten marks. Returns facts
-    for the record. Raises Failure if --out holds another training."""
+    """Train; write checkpoint.pt, history.csv and, at `weights_path`, the network of the best mAP,
+    at ten marks. Returns facts for the record. Failure if --out holds another training."""
     path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
     checkpoint = acwgan.starting_point(path, "asl_model", shaping, args)
-    place = args.dataset, args.data, args.image_size
+    kept, place = shaping | {"data": str(args.data)}, (args.dataset, args.data, args.image_size)
     if args.dataset == "scenes":
-        data, size = None, args.limit or EPOCH
-        check = load_data(*place, "validation", None, min(1000, size), args.digits, args.seed)
+        data, size = common.scene_digits(args.digits, args.data, "train")[1:], args.limit or EPOCH
+        check = "validation", None, min(1000, size), args.digits, args.seed
     else:
-        images, labels = load_data(*place, args.split, limit=args.limit)[:2]
-        size = len(images)
-        data = images[:] if size <= FIT_IN_MEMORY else images, labels
-        check = load_data(*place, "val2017", limit=args.limit)
+        data = load_data(*place, args.split, limit=args.limit)[:2]
+        size, check = len(data[0]), ("val2017", None, args.limit)
     if size < args.batch_size:
         raise common.Failure(f"--batch-size {args.batch_size}: there are only {size} images", 2)
-    check_images, check_labels, names, what = check
+    check_images, check_labels, names, what = load_data(*place, *check)
     torch.manual_seed(args.seed)
     network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -541,20 +494,20 @@ def train(args, device):
     asl, bf16 = AsymmetricLoss(4, GAMMA_POS[args.dataset]), common.has_bf16(device)
     parts = {"network": network, "average": average, "adam": adam}
     weights, averages = (list(x.state_dict().values()) for x in (network, average))
-    total = args.epochs * (size // args.batch_size)
-    steps, seconds, history, best, best_map = 0, 0.0, [], None, -1.0
+    done = {"steps": 0, "seconds": 0.0, "history": [], "best": None, "best_mAP": -1.0}
     if checkpoint:
         with common.advise(path, ANEW):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            steps, seconds, history = (checkpoint[k] for k in ("steps", "seconds", "history"))
-            best, best_map = checkpoint["best"], checkpoint["best_mAP"]
+            done = {name: checkpoint[name] for name in done}
+    total = args.epochs * (size // args.batch_size)
     marks = {math.ceil(total * i / 10) for i in range(1, 11)}
-    start, saved = time.time() - seconds, time.time()
-    bar = common.progress(desc="training", total=total, initial=steps)
-    for images, labels in training_batches(args, data, steps, total, device):
-        # one cycle (Smith & Topin 2018): up for a fifth of the run, then down to 0, along cosines
-        position = (steps + 1) / (total + 1)
+    start, saved = time.time() - done["seconds"], time.time()
+    batches = training_batches(args, data, done["steps"], total, device)
+    bar = common.progress(batches, "training", total, initial=done["steps"])
+    for step, (images, labels) in enumerate(bar, done["steps"] + 1):
+        # one cycle (Smith & Topin 2018): up for a fifth of the run, then down, along cosines
+        position = step / (total + 1)
         rise = min(position / 0.2, (1 - position) / 0.8)
         adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -563,76 +516,61 @@ def train(args, device):
         adam.zero_grad()
         loss.backward()
         adam.step()
-        steps += 1
-        # short at first, because a long average would keep the noise of the start
-        decay = min(AVERAGE, 1 - 8 / (steps + 8))
+        # short at first: a long average would keep the noise of the start
+        decay = min(AVERAGE, 1 - 8 / (step + 8))
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        seconds = time.time() - start
-        bar.update()
-        if steps % 20 == 0:
+        if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item() / len(images):.3g}", refresh=False)
-        if steps not in marks and time.time() - saved < SAVE_EVERY:
+        if step not in marks and time.time() - saved < SAVE_EVERY:
             continue
         if not all(x.isfinite().all() for x in [loss, *network.parameters()]):
-            raise common.Failure(f"no finite loss or weight at step {steps:,}; try a lower --lr")
-        if steps in marks:
+            raise common.Failure(f"no finite loss or weight at step {step:,}; try a lower --lr")
+        done |= {"steps": step, "seconds": time.time() - start}
+        if step in marks:
             probabilities = predict(fold(average), check_images, device)
             mean_ap = float(average_precision(probabilities, check_labels.numpy()).mean())
-            row = {"step": steps, "seconds": round(seconds, 1)}
-            history.append(row | {"loss": loss.item() / len(images), "mAP": mean_ap})
-            if mean_ap >= best_map:  # of equals the last, whose probabilities are the surest
-                best, best_map = copy.deepcopy(average.state_dict()), mean_ap
-        checkpoint = {"kind": "asl_model", "settings": shaping, "data": str(args.data)}
-        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-        checkpoint |= {"steps": steps, "seconds": seconds, "history": history}
-        common.save_checkpoint(path, checkpoint | {"best": best, "best_mAP": best_map})
+            row = {"step": step, "seconds": round(done["seconds"], 1)}
+            done["history"].append(row | {"loss": loss.item() / len(images), "mAP": mean_ap})
+            if mean_ap >= done["best_mAP"]:  # of equals the last, the surest
+                done |= {"best": copy.deepcopy(average.state_dict()), "best_mAP": mean_ap}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        common.save_checkpoint(path, {"kind": "asl_model", "settings": kept, **state, **done})
         saved = time.time()
-    bar.close()
-    content = {"model": best, "norm": "batch norm", "num_classes": len(names)}
-    content |= {"idx_to_class": dict(enumerate(names)), "settings": shaping, "mAP": best_map}
-    common.save_checkpoint(weights_path(args), content)
-    acwgan.write_history(args.out / "history.csv", history)
-    print(f"trained for {total:,} steps, {seconds:,.0f} s; the best network is of mAP", end=" ")
-    print(f"{best_map:.2%} on {len(check_images):,} {what}: {weights_path(args)}")
-    facts = {"dataset_size": size, "bf16": bf16, "steps": total, "training_seconds": seconds}
-    return facts | {"best_mAP": best_map, "best_mAP_on": what}
+    content = {"model": done["best"], "norm": "batch norm", "mAP": done["best_mAP"]}
+    content |= {"num_classes": len(names), "idx_to_class": dict(enumerate(names))}
+    common.save_checkpoint(weights_path(args), content | {"settings": kept})
+    acwgan.write_history(args.out / "history.csv", done["history"])
+    print(f"{weights_path(args)}: mAP {done['best_mAP']:.2%} on {len(check_images):,} {what}")
+    facts = {"dataset_size": size, "bf16": bf16, "steps": total, "best_mAP": done["best_mAP"]}
+    return facts | {"best_mAP_on": what, "training_seconds": done["seconds"]}
 
 
 def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
-    """(Network, class names, mAP, path) of the classifier of 64-pixel scenes that `out` holds.
-
-    If there is none, it is trained by the default settings, minutes on two CPU cores, or that
-    training resumed. `mAP`: on validation scenes. Raises Failure for a file of other settings.
-    """
-    device = torch.device(device)
+    """(Network, class names, mAP on validation scenes, path) of the classifier of scenes in `out`.
+    Where there is none, it is trained, or resumed. Failure for one of other settings."""
     flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
-    args = settings([*flags, "--out", str(out), "--seed", str(seed), "--device", device.type])
-    path = weights_path(args)
+    args = settings([*flags, "--out", str(out), "--seed", str(seed)])
+    args.resume = True  # if it was stopped
+    path, shaping = weights_path(args), {name: getattr(args, name) for name in SHAPING}
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         common.make_folder(args.out)
-        train(argparse.Namespace(**vars(args) | {"resume": True}), device)
-    advice = "delete it, and the classifier is trained anew"
-    content = common.load_checkpoint(path, None, advice)
-    made = content.get("settings", {})
-    differ = [f"{k} {made.get(k)}" for k in SHAPING if made.get(k) != getattr(args, k)]
-    if differ:
-        raise common.Failure(f"{path} was made with {', '.join(differ[:3])}; {advice}", 2)
+        train(args, torch.device(device))
+    mean_ap = acwgan.starting_point(path, None, shaping, args)["mAP"]
     network, names = load_asl(path, args.arch)
-    return network.to(device), names, content["mAP"], path
+    return network.to(device), names, mean_ap, path
 
 
 @torch.inference_mode()
 def predict(network, images, device, batch=32):
-    """The probabilities (N, L), float32 in NumPy, that `network` gives images (N, 3, S, S)."""
+    """The probabilities (N, L), float32 in NumPy, of images (N, 3, S, S)."""
     loader = DataLoader(images, batch, num_workers=workers(images, device))
     bar = common.progress(loader, "measuring")
     return np.concatenate([network(x.to(device)).sigmoid().float().cpu().numpy() for x in bar])
 
 
 def average_precision(probabilities, labels):
-    """The mean over each class's positives of the precision at their rank, 0 if it has none, as the
-    ASL repository has it: NumPy arrays (N, L) -> (L,), whose mean is mAP."""
+    """NumPy arrays (N, L) -> each class's AP (L,), 0 without positives, as in ASL."""
     order = np.argsort(-probabilities, axis=0, kind="stable")
     hits = np.take_along_axis(labels, order, 0) > 0
     precision = hits.cumsum(0) / np.arange(1, len(labels) + 1)[:, None]
@@ -640,24 +578,19 @@ def average_precision(probabilities, labels):
 
 
 def measure(probabilities, labels, threshold):
-    """Print and return the report's numbers, from NumPy arrays (N, L).
-
-    A class that no image has counts as 0 in `mAP` and is left out of `mAP_present`. OP, OR: of all
-    labels predicted, or present, those right. `exact`: of all images, those with no label wrong.
-    """
+    """The report's numbers, of NumPy arrays (N, L). A class of no image counts 0 in `mAP`, not in
+    `mAP_present`. OP, OR: of all labels predicted, or present, those right."""
     predicted, actual = probabilities > threshold, labels > 0
     ap, right, present = average_precision(probabilities, labels), predicted & actual, actual.any(0)
-    numbers = {"n": len(labels), "classes_present": int(present.sum()), "mAP": float(ap.mean())}
-    numbers["mAP_present"] = float(ap[present].mean()) if present.any() else 0.0
-    numbers["OP"] = common.wilson(right.sum(), predicted.sum())
-    numbers["OR"] = common.wilson(right.sum(), actual.sum())
-    numbers["exact"] = common.wilson((predicted == actual).all(1).sum(), len(labels))
-    op, recall, exact = (common.cell(numbers[name]) for name in ("OP", "OR", "exact"))
-    print(f"    mAP {numbers['mAP']:.2%}, {numbers['mAP_present']:.2%} over the classes present")
-    print(f"    {predicted.sum():,} labels are predicted: {op} of them right")
-    print(f"    {actual.sum():,} labels are present: {recall} of them predicted")
-    print(f"    every label right: {exact} of the images")
-    return numbers
+    return {
+        "n": len(labels),
+        "classes_present": int(present.sum()),
+        "mAP": float(ap.mean()),
+        "mAP_present": float(ap[present].mean()) if present.any() else 0.0,
+        "OP": common.wilson(right.sum(), predicted.sum()),
+        "OR": common.wilson(right.sum(), actual.sum()),
+        "exact": common.wilson((predicted == actual).all(1).sum(), len(labels)),
+    }
 
 
 def main(argv=None):
@@ -665,19 +598,20 @@ def main(argv=None):
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
-    facts, splits = {"dataset": args.dataset, "device": str(device)}, [args.split or "test"]
+    facts, numbers = {"dataset": args.dataset, "device": str(device)}, {}
+    splits = [args.split or "test"]
     if args.train:
         facts |= train(args, device)
         path = weights_path(args)
-        network, names = load_asl(path)
-        splits = ["test"] if args.dataset == "scenes" else ["val2017", args.split]
+        if args.split == "train2017":
+            splits = ["val2017", "train2017"]
     elif args.weights or args.dataset == "coco":
         path = args.weights or published(args.arch or "tresnet_m", args.data)
-        network, names = load_asl(path, args.arch)
     else:
-        network, names, _, path = scenes_classifier(args.data, device=device, digits=args.digits)
+        path = scenes_classifier(args.data, device=device, digits=args.digits)[-1]
+    network, names = load_asl(path, args.arch)
     facts |= {"weights": str(path), "arch": network.arch}
-    network, size, numbers = network.to(device), args.image_size or network.image_size, {}
+    network, size = network.to(device), args.image_size or network.image_size
     if args.image:
         p = predict(network, common.Photos([args.image], size)[:], device)[0]
         order = np.argsort(-p)
@@ -685,12 +619,13 @@ def main(argv=None):
         for i in order[: len(numbers["labels"]) + 3]:
             print(f"{p[i]:.3f}  {names[i]}", "" if p[i] > args.threshold else "(not present)")
         return common.write_results(args, numbers, **facts)
-    for split in dict.fromkeys(splits):
+    for split in splits:
         how = size, split, names, args.limit, args.digits, args.seed
         images, labels, _, what = load_data(args.dataset, args.data, *how)
-        print(f"{len(images):,} {what}")
-        probabilities = predict(network, images, device)
-        numbers[split] = measure(probabilities, labels.numpy(), args.threshold) | {"images": what}
+        found = measure(predict(network, images, device), labels.numpy(), args.threshold)
+        lines = ((k, f"{x:.2%}" if isinstance(x, float) else x) for k, x in found.items())
+        common.print_table((what, ""), lines)
+        numbers[split] = found | {"images": what}
     return common.write_results(args, numbers, **facts)
 
 

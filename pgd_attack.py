@@ -45,7 +45,7 @@ SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
 DATASETS = {  # that a kind of model can be shown; the first one unless --dataset says
     "asl": ("scenes", "coco"),
     "own": ("coco",),
-    "digits": ("mnist", "glyphs", "scenes"),
+    "digits": ("auto", "mnist", "glyphs"),
     "torchvision": ("imagenet", "coco"),
 }
 DEFAULTS = {  # target, eps, images at a time
@@ -58,7 +58,7 @@ DEFAULTS = {  # target, eps, images at a time
 
 def settings(argv=None):
     """The flags, every default resolved, and `kind`, of DATASETS."""
-    names, limit = ("scenes", "coco", "imagenet", "mnist", "glyphs"), "attack only the first N"
+    names, limit = dict.fromkeys(sum(DATASETS.values(), ())), "attack only the first N"
     p = common.parser(__doc__, None, None, names, "what is attacked (otherwise it varies)", limit)
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--image", type=Path, metavar="FILE", help="attack this one photo")
@@ -89,9 +89,9 @@ def settings(argv=None):
     args.kind = "own" if ":" in args.model else args.model
     args.kind = args.kind if args.kind in DATASETS else "torchvision"
     several, shown = args.kind in ("asl", "own"), DATASETS[args.kind]
-    if args.dataset is None and (several or args.image or args.week != 4):
+    if args.dataset is None and (args.image or args.kind != "torchvision" or not args.week):
         args.dataset = "coco" if several and (args.image or args.weights) else shown[0]
-    alone = not (args.week or args.sweep or args.augment)
+    alone = args.kind != "digits" and not (args.week or args.sweep or args.augment)
     refusals = (
         (args.dataset not in (None, *shown), f"--model {args.model} is for {', '.join(shown)}"),
         (args.threshold >= 1, "--threshold must lie below 1"),
@@ -99,8 +99,7 @@ def settings(argv=None):
         (not several and args.week in (3, 5), f"--week {args.week} needs --model asl or your own"),
         (not several and args.sweep, "--sweep needs --model asl or your own"),
         (not several and args.loss != "margin", "--loss needs --model asl or your own"),
-        (args.image and not alone, "--image is attacked alone: no --week, --sweep, --augment"),
-        (args.image and args.dataset in ("scenes", "mnist"), "--image is a photo: --dataset coco"),
+        (args.image and not alone, "--image is one photo: no --week, --sweep, --augment, digits"),
         (args.sweep and args.week, "--sweep is of one attack: leave out --week"),
         (args.augment and args.dataset != "coco", "--augment is of --dataset coco"),
     )
@@ -466,17 +465,6 @@ class TopClass(NamedTuple):
         common.print_table(["", *(key.replace("_", " ") for key in keys)], lines)
 
 
-def join_processes(device):
-    """(rank, number) of torchrun's processes; (0, 1) without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    return dist.get_rank(), dist.get_world_size()
-
-
 def over_batches(network, images, attacks, args, device, rank, world):
     """Every attack {name: attack(images, logits) -> images} on every image, of [0, 1].
 
@@ -500,7 +488,7 @@ def over_batches(network, images, attacks, args, device, rank, world):
     for b, clean in zip(mine, bar, strict=True):
         clean = clean.to(device)
         before, n = predict(clean), max(keep - b * args.batch_size, 0)
-        part = {"before": before.cpu(), ("clean", "pixels"): eight_bit(clean[:n])}
+        part = {"before": before.cpu(), ("clean", "pixels"): (clean[:n] * 255).round().byte().cpu()}
         for i, (name, attack) in enumerate(attacks.items()):
             torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
             began = time.perf_counter()
@@ -510,18 +498,13 @@ def over_batches(network, images, attacks, args, device, rank, world):
             part[name, "seconds"] = torch.full((len(clean),), seconds)
             change = (adversarial - clean).flatten(1).cpu()
             part[name, "linf"], part[name, "l2"] = change.abs().amax(1), change.norm(dim=1)
-            part[name, "pixels"] = eight_bit(adversarial[:n])
+            part[name, "pixels"] = (adversarial[:n].clamp(0, 1) * 255).round().byte().cpu()
         parts[b] = part
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, parts)
         parts = {b: part for share in shares for b, part in share.items()}
     return {key: torch.cat([parts[b][key] for b in sorted(parts)]) for key in parts[0]}
-
-
-def eight_bit(images):
-    """Images in [0, 1] as uint8, on the CPU."""
-    return (images.clamp(0, 1) * 255).round().byte().cpu()
 
 
 def figure(title, found, columns, goal):
@@ -657,31 +640,25 @@ def load_multi_label(args, device):
 
 def load_single_label(args, device):
     """Week 4: (network, goal, rows, [(dataset, images, classes or None, what they are)])."""
+    sets = []
     if args.kind == "digits":
-        name, *digits = common.load_digits(args.digits, args.data)
+        name, *digits = common.load_digits(args.dataset, args.data)
         network = acwgan.digit_reader(args.out, name, *(x.to(device) for x in digits))
-        names, size, datasets = list("0123456789"), 28, ("scenes", name)
-        mean, std = torch.tensor([0.1307, 0.3081])  # MNIST's
+        names, (mean, std) = list("0123456789"), torch.tensor([0.1307, 0.3081])  # MNIST's
+        digits = common.load_digits(name, args.data, False, args.limit or 1000)[1:]
+        sets.append((name, *digits, f"test images of {name}"))
     else:
         network, names, mean, std = asl_model.torchvision_network(args)
-        size, datasets = network.image_size, ("coco", "imagenet")
-    sets = []
-    for dataset in [args.dataset] if args.dataset else datasets:
-        paths, truth, what, n = [args.image], None, dataset, args.limit or 1000
-        if dataset == "scenes":
-            how = n, 64, args.seed, args.digits, args.data, "test"
-            images = common.load_scenes(*how)[0].mean(1, keepdim=True)
-            images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True)
-        elif args.kind == "digits":
-            what, images, truth = common.load_digits(dataset, args.data, False, n)
-        else:
+        for dataset in [args.dataset] if args.dataset else ("coco", "imagenet"):
+            paths, truth = [args.image], None
             if dataset == "imagenet" and not args.image:
                 paths, truth = asl_model.load_imagenet(args.data, names, args.limit)
             elif not args.image:
-                paths = common.load_coco(args.data, size, args.limit, args.split)[0].paths
+                paths = common.load_coco(args.data, 1, args.limit, args.split)[0].paths
             # the middle 7/8, as ImageNet's networks see photos
-            images = common.Photos(paths, size, functools.partial(ImageOps.fit, bleed=1 / 16))
-        sets.append((dataset, images, truth, what))
+            cropped = functools.partial(ImageOps.fit, bleed=1 / 16)
+            images = common.Photos(paths, network.image_size, cropped)
+            sets.append((dataset, images, truth, f"photos of {dataset}"))
     target = asl_model.label_index(args.target, names)
     goal = TopClass(names, target, mean.to(device), std.to(device))
     right = Row("right", "class", args.eps, args.gradient, args.alpha, args.steps)
@@ -694,7 +671,10 @@ def main(argv=None):
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
-    rank, world = join_processes(device)
+    rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world > 1:
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=gpu)
     if rank:  # the first process trains or downloads what the others then find
         dist.barrier()
     load = load_multi_label if args.kind in ("asl", "own") else load_single_label
@@ -713,10 +693,8 @@ def main(argv=None):
             continue
         results = {row.name: goal.count(found, row.name, truth) for row in rows}
         for name, row in results.items():
-            row["linf"], row["l2"] = (
-                found[name, "linf"].max().item(),
-                found[name, "l2"].mean().item(),
-            )
+            row["linf"] = found[name, "linf"].max().item()
+            row["l2"] = found[name, "l2"].mean().item()
             row["seconds_per_image"] = found[name, "seconds"].mean().item()
         record["dataset_size"][dataset], record["rows"][dataset] = len(images), results
         asked = int(goal.asked(found["before"]).sum())
@@ -728,7 +706,7 @@ def main(argv=None):
             record["mAP_present"] = mean_ap
         if args.sweep:
             record["controls"], curves = report_sweep(results)
-            pictures["sweep"] = acwgan.plot("", "eps, in 255ths", "target switched", curves)
+            pictures["sweep"] = acwgan.plot("target switched", "eps, in 255ths", curves)
         elif not args.image:
             goal.report(results)
         if args.week in (3, 5) and asked:

@@ -81,8 +81,8 @@ ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not r
 def settings(argv=None):
     """The flags, with every default resolved; with --resume those of the newest generator."""
     datasets, hint = ("auto", "mnist", "glyphs"), "auto: the one the generator was trained on"
-    limit = "use only the first N training images"
-    p = common.parser(__doc__, Path("runs/transfer"), "auto", datasets, hint, limit, trains=True)
+    where, limit = Path("runs/transfer"), "train on N images"
+    p = common.parser(__doc__, where, "auto", datasets, hint, limit, True)
     add, whole, week1 = p.add_argument, common.whole, Path("runs/acwgan/checkpoint.pt")
     add("--generator", type=Path, default=week1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train")
