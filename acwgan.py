@@ -9,9 +9,9 @@ often an independent classifier reads the digit asked for, and how far samples a
     python acwgan.py --resume                     continue a run that was stopped
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-Writes into --out: checkpoint.pt, history.csv (losses), AC-WGAN_GP.png, samples.npz (images uint8
-(N, 28, 28), labels int64 (N,)), results.json, and reader.pt, the classifier that measures; with
---sample only drawn.npz (as samples.npz) and drawn.png.
+Writes into --out: checkpoint.pt, history.csv (losses), AC-WGAN_GP.png, curves.png, results.json,
+samples.npz (images uint8 (N, 28, 28), labels int64 (N,)) and reader.pt, the classifier that
+measures; with --sample only drawn.npz (as samples.npz) and drawn.png.
 """
 
 import copy
@@ -84,9 +84,8 @@ def leaky_relu(x):
 class Generator(nn.Module):
     """Draws digits: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
 
-    As in the log, the one-hot label overwrites the first ten latent numbers, and the network is
-    DCGAN's (Radford et al. 2015), from 7 or 8 pixels up. The last doubling is a pixel shuffle: a
-    convolution to a single channel leaves a CPU's vector units idle.
+    As in the log, the one-hot label overwrites the first ten latent numbers. DCGAN's network
+    (Radford et al. 2015), but for a pixel shuffle at its end, which is faster on a CPU.
     """
 
     def __init__(self, latent=74, width=32, image_size=28):
@@ -112,8 +111,8 @@ class Generator(nn.Module):
 class Critic(nn.Module):
     """Images (N, 1, S, S) in [0, 1] -> Wasserstein scores (N,) and class logits (N, 10).
 
-    Critic and auxiliary classifier share a trunk. It has no batch norm: the penalty is on each
-    example's own gradient. The first layer sees 2x2 pixels as four channels, again for the CPU.
+    They share a trunk, without batch norm: the penalty is on each example's own gradient. The first
+    layer sees 2x2 pixels as four channels, again for the CPU.
     """
 
     def __init__(self, width=32, image_size=28):
@@ -137,10 +136,7 @@ class Critic(nn.Module):
 
 class DigitReader(nn.Module):
     """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
-
-    Our Frechet distance is in the 64 `features` before its last layer. It shares no weight, random
-    number or architecture with the networks it judges, and no loss sees it.
-    """
+    Our Frechet distance is in the 64 `features` before its last layer. No loss sees it."""
 
     def __init__(self):
         super().__init__()
@@ -158,10 +154,7 @@ class DigitReader(nn.Module):
 
 def gradient_norms(critic, real, fake, rng=None):
     """||grad score(x)||_2, (N,), at x = u * real + (1 - u) * fake, and differentiable once more.
-
-    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). One u ~ U(0, 1) per
-    example, not per pixel, and the norm is over all of an example's pixels.
-    """
+    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W); one u ~ U(0, 1) each."""
     u = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between)[0].sum(), between, create_graph=True)
@@ -177,8 +170,7 @@ def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
     """What the critic descends: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
 
     Images real, fake (N, 1, S, S); labels (N,) int64 of the real ones, which alone are classified.
-    The penalty, the most expensive part of a step, is taken on the first `share` of the batch.
-    Returns (loss, its parts by name).
+    The penalty, most of a step's time, is on the first `share` of the batch. Returns (loss, parts).
     """
     n, k = len(real), math.ceil(len(real) * share)
     scores, logits = critic(torch.cat([real, fake]))
@@ -249,8 +241,7 @@ def resize(images, size):
 
 def train(training, args, settings, images, labels, look):
     """Train on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64; write checkpoint.pt and
-    history.csv each minute and epoch, and measure look(generator), a dictionary, ten times.
-    Raises Failure for infinite weights."""
+    history.csv each minute and epoch; ten times add look(generator), a dictionary, to the curve."""
     generator, critic, average = training.generator, training.critic, training.average
     device, bf16 = images.device, common.has_bf16(images.device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
@@ -320,11 +311,9 @@ def generate(generator, labels, seed):
 
 
 def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothing, attack=None):
-    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64; few images get more epochs.
-
-    Digits are moved by up to `shift` pixels; attack(network, images, labels) -> the images to train
-    on. One-cycle step size (Smith & Topin 2018).
-    """
+    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64, moved by up to `shift` pixels;
+    few get more epochs. attack(network, images, labels) -> the images to train on. One-cycle step
+    size (Smith & Topin 2018)."""
     rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
     epochs = max(epochs, 300 * batch // len(images))
     used = len(images) // batch * batch
@@ -348,11 +337,8 @@ def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothi
 
 
 def kept_classifier(path, settings, network, fit):
-    """`network` with the weights at `path`, or trained by `fit(network)` and kept there.
-
-    `settings`: plain values, all that makes the weights; where the file's are others, `fit` trains
-    anew. Raises Failure for a file that can't be read.
-    """
+    """`network` with the weights at `path`, or trained by `fit(network)` and kept there, also where
+    `settings`, plain values, all that makes the weights, are others. Failure for a foreign file."""
     advice = "delete it, and a new one is trained"
     kept = common.load_checkpoint(path, "classifier", advice) if path.exists() else {}
     if kept.get("settings") != settings:
@@ -403,8 +389,8 @@ def reader_distance(reader, images, test_images):
 def measure(training, args, reader, images, labels, test_images, test_labels):
     """The samples (N, 1, 28, 28), classes equally often, and the numbers of the report.
 
-    The headline Frechet distance is that of a second set, with the classes of real images that the
-    reader has not learnt; its floor is that of these images.
+    The headline distance is that of a second set, with the classes of real images that the reader
+    has not learnt; its floor is that of these images.
     """
     n, first = args.samples, learnt(len(images))
     asked = torch.arange(n, device=images.device) % CLASSES
@@ -506,9 +492,9 @@ def main(argv=None):
     if checkpoint:
         training.load(path, checkpoint)
     weights = args.data / common.INCEPTION
-    if args.inception:
+    if args.inception:  # a damaged file is better known now
         common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-        common.inception_features(images[:1], weights)  # is it damaged? better known now
+        common.inception_features(images[:1], weights)
     test = common.load_digits(dataset, args.data, False)[1:]
     images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, *test))
     reader = digit_reader(args.out, dataset, images, labels)

@@ -118,9 +118,6 @@ def settings(argv=None):
     return args
 
 
-# --- attack
-
-
 def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
         random_start=False, early_stop=False, clip=(0, 1), momentum=0):  # fmt: skip
     """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): alpha * sign(gradient) down `loss`.
@@ -241,11 +238,9 @@ def distance_past(logits, wanted, threshold):
 
 LOSS = {"softmax-ce": softmax_ce, "bce": bce, "softmax-bce": softmax_bce, "margin": margin}
 
-# --- weeks 3 and 5: the rows of the tables
-
 
 class Row(NamedTuple):
-    """An attack: a row of a table."""
+    """An attack: a row of a week's table."""
 
     name: str
     loss: str | None  # of LOSS, or one of week 4's; None: no PGD, but uniform noise of size eps
@@ -313,10 +308,7 @@ class Labels(NamedTuple):
         return {self.names[j]: f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present}
 
     def attack(self, network, images, logits, row):
-        """`row`'s attack on images (N, 3, S, S) with prediction logits (N, L) -> images.
-
-        Whether an image is right is judged in float32.
-        """
+        """`row`'s attack on images (N, 3, S, S) of logits (N, L) -> images, judged in float32."""
         if row.loss is None:
             return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
         wanted = self.wanted(logits)
@@ -345,9 +337,7 @@ class Labels(NamedTuple):
 
     def count(self, found, name, truth):
         """A row's numbers: labels counted over all images, rates over the images asked.
-
-        `truth` (N, L) bool: the actual labels, or None.
-        """
+        `truth` (N, L): the actual labels, or None."""
         before, after = self.predicted(found["before"]), self.predicted(found[name])
         asked, achieved = self.asked(found["before"]), self.achieved(found["before"], found[name])
         n, numbers = int(asked.sum()), dict.fromkeys(COUNTS)
@@ -382,11 +372,8 @@ class Labels(NamedTuple):
         print("exact: switched, all else as before; lost: share of the other labels that were on")
 
 
-# --- week 4: the rows of the table
-
-
-# the loss "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of the
-# logits with the target's set to 1, "class" cross-entropy; without one there is only the cut
+# week 4: the loss "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of
+# the logits with the target's set to 1, "class" cross-entropy; without one there is only the cut
 WEEK_4 = (
     Row("cut alone", None, 0.3),
     Row("single photo's", "one-hot", 0.3),  # "very effective"
@@ -476,24 +463,18 @@ def over_batches(network, images, attacks, args, device, rank, world):
     mine, keep = range(rank, len(batches), world), max(args.save, 4)
     sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
-
-    @torch.no_grad()
-    def predict(images):
-        logits = network(images).float()
-        if not logits.isfinite().all():
-            raise common.Failure("the model's answer is not finite; are its weights right?")
-        return logits
-
     parts, bar = {}, common.progress(loader, "attacking", disable=rank > 0)
     for b, clean in zip(mine, bar, strict=True):
-        clean = clean.to(device)
-        before, n = predict(clean), max(keep - b * args.batch_size, 0)
+        clean, n = clean.to(device), max(keep - b * args.batch_size, 0)
+        with torch.no_grad():
+            before = network(clean).float()
         part = {"before": before.cpu(), ("clean", "pixels"): (clean[:n] * 255).round().byte().cpu()}
         for i, (name, attack) in enumerate(attacks.items()):
             torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
             began = time.perf_counter()
             adversarial = attack(clean, before)
-            part[name] = predict(adversarial).cpu()
+            with torch.no_grad():
+                part[name] = network(adversarial).float().cpu()
             seconds = (time.perf_counter() - began) / len(clean)
             part[name, "seconds"] = torch.full((len(clean),), seconds)
             change = (adversarial - clean).flatten(1).cpu()
