@@ -36,6 +36,7 @@ SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
 ANEW = "train anew with --force"
+OVERWRITE = "choose another --out, or overwrite it with --force"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
@@ -187,12 +188,11 @@ def generator_loss(critic, fake, labels):
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def starting_point(path, kind, settings, args):
+def starting_point(path, kind, settings, args, advice=OVERWRITE):
     """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
     One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure."""
     if args.force or not path.exists():
         return None
-    advice = "choose another --out, or overwrite it with --force"
     checkpoint = common.load_checkpoint(path, kind, advice)
     old = checkpoint.get("settings", {})
     differ = [f"{k} {old.get(k)}, not {x}" for k, x in settings.items() if old.get(k) != x]

@@ -421,9 +421,10 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digi
     float32 0/1, in the order of `names`, if given. `split`: of scenes train, validation or test; of
     COCO val2017 or train2017, photos with a label, as in ASL. Failure if `names` differ."""
     if dataset == "scenes":
-        source, *drawn = common.scene_digits(digits, data_dir, split)
-        images, labels = common.compose_scenes(*drawn, limit or 2000, image_size, seed)
-        known, what = list("0123456789"), f"scenes of {source}'s {split} digits"
+        where = digits, data_dir, split
+        images, labels = common.load_scenes(limit or 2000, image_size, seed, *where)
+        what = f"scenes of {common.scene_digits(*where)[0]}'s {split} digits"
+        known = list("0123456789")
     else:
         photos, labels, known = common.load_coco(data_dir, image_size, limit, split)
         rows = labels.any(1).nonzero()[:, 0].tolist()
@@ -453,7 +454,8 @@ def training_batches(args, data, steps, total, device):
     if args.dataset == "scenes":
         for step in range(steps, total):
             number = step % per_epoch if args.limit else step  # --limit: the same in each epoch
-            yield common.compose_scenes(*data, args.batch_size, args.image_size, seed + number)
+            how = args.image_size, seed + number, args.digits, args.data
+            yield common.load_scenes(args.batch_size, *how)
         return
     photos, labels = data
     first_epoch, done = divmod(steps, per_epoch)
@@ -479,7 +481,7 @@ def train(args, device):
     checkpoint = acwgan.starting_point(path, "asl_model", shaping, args)
     kept, place = shaping | {"data": str(args.data)}, (args.dataset, args.data, args.image_size)
     if args.dataset == "scenes":
-        data, size = common.scene_digits(args.digits, args.data, "train")[1:], args.limit or EPOCH
+        data, size = None, args.limit or EPOCH
         check = "validation", None, min(1000, size), args.digits, args.seed
     else:
         data = load_data(*place, args.split, limit=args.limit)[:2]
@@ -556,7 +558,8 @@ def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digi
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         common.make_folder(args.out)
         train(args, torch.device(device))
-    mean_ap = acwgan.starting_point(path, None, shaping, args)["mAP"]
+    advice = "delete it, and it is trained anew"
+    mean_ap = acwgan.starting_point(path, None, shaping, args, advice)["mAP"]
     network, names = load_asl(path, args.arch)
     return network.to(device), names, mean_ap, path
 
