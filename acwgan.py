@@ -9,9 +9,8 @@ often an independent classifier reads the digit asked for, and how far samples a
     python acwgan.py --resume                     continue a run that was stopped
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-Writes into --out: checkpoint.pt, history.csv (losses), AC-WGAN_GP.png, curves.png, results.json,
-samples.npz (images uint8 (N, 28, 28), labels int64 (N,)) and reader.pt, the classifier that
-measures; with --sample only drawn.npz (as samples.npz) and drawn.png.
+Writes into --out: checkpoint.pt, history.csv, AC-WGAN_GP.png, curves.png, results.json, reader.pt
+and samples.npz (images uint8 (N, 28, 28), labels int64 (N,)); --sample: drawn.npz and drawn.png.
 """
 
 import copy
@@ -35,8 +34,7 @@ READER = {"seed": 1234, "epochs": 3, "rate": 4e-3, "shift": 2, "smoothing": 0.05
 SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
-ANEW = "train anew with --force"
-OVERWRITE = "choose another --out, or overwrite it with --force"
+ANEW = "choose another --out, or train anew with --force"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
@@ -188,7 +186,7 @@ def generator_loss(critic, fake, labels):
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def starting_point(path, kind, settings, args, advice=OVERWRITE):
+def starting_point(path, kind, settings, args, advice=ANEW):
     """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
     One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure."""
     if args.force or not path.exists():
@@ -241,7 +239,7 @@ def resize(images, size):
 
 def train(training, args, settings, images, labels, look):
     """Train on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64; write checkpoint.pt and
-    history.csv each minute and epoch; ten times add look(generator), a dictionary, to the curve."""
+    history.csv each minute and ten times, when look(generator), a dictionary, joins the curve."""
     generator, critic, average = training.generator, training.critic, training.average
     device, bf16 = images.device, common.has_bf16(images.device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
@@ -272,7 +270,6 @@ def train(training, args, settings, images, labels, look):
             training.critic_adam.zero_grad()
             loss.backward()
             training.critic_adam.step()
-
         with autocast():
             losses["generator"] = generator_loss(critic, fake, y)
         training.generator_adam.zero_grad()
@@ -289,20 +286,20 @@ def train(training, args, settings, images, labels, look):
             losses = {name: value.item() for name, value in losses.items()}
             bar.set_postfix(losses, refresh=False)
             done["history"].append({"step": step + 1, "seconds": done["seconds"], **losses})
+        if done["steps"] not in marks and time.time() - saved < SAVE_EVERY:
+            continue
+        if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
+            raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
         if done["steps"] in marks:
             done["curve"].append({"epochs": done["steps"] / per_epoch, **look(average)})
-        if done["steps"] % per_epoch == 0 or time.time() - saved > SAVE_EVERY:
-            if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
-                raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
-            training.save(args.out / "checkpoint.pt", settings)
-            write_history(args.out / "history.csv", done["history"])
-            saved = time.time()
+        training.save(args.out / "checkpoint.pt", settings)
+        write_history(args.out / "history.csv", done["history"])
+        saved = time.time()
 
 
 @torch.no_grad()
 def generate(generator, labels, seed):
-    """Images (N, 1, 28, 28) in [0, 1], rounded to 8 bits, for labels (N,) int64. The latent numbers
-    depend on `seed` and N alone: two generators can get the same ones."""
+    """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64; the same latents for a `seed`."""
     rng = torch.Generator().manual_seed(seed)
     latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
     parts = zip(latent.split(1000), labels.split(1000), strict=True)
@@ -311,9 +308,8 @@ def generate(generator, labels, seed):
 
 
 def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothing, attack=None):
-    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64, moved by up to `shift` pixels;
-    few get more epochs. attack(network, images, labels) -> the images to train on. One-cycle step
-    size (Smith & Topin 2018)."""
+    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64, moved by up to `shift` pixels,
+    or on attack(network, images, labels); few get more epochs. One cycle (Smith & Topin 2018)."""
     rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
     epochs = max(epochs, 300 * batch // len(images))
     used = len(images) // batch * batch
@@ -350,18 +346,15 @@ def kept_classifier(path, settings, network, fit):
     return network.eval().requires_grad_(False)
 
 
-def learnt(n):
-    """How many of `n` training images, the first, the reader learns; the floor needs others."""
-    return n - min(10_000, n // 6)
-
-
 def digit_reader(out, dataset, images, labels):
-    """The reader for these training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt."""
-    n = learnt(len(images))
+    """The reader for these training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt. It
+    learns the first five sixths of them, `learnt`; the floor of the distance needs others."""
+    n = len(images) - min(10_000, len(images) // 6)
     # the same reader beside every GAN, and the reverse
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(READER["seed"])
         reader = DigitReader().to(images.device)
+    reader.learnt = n
     fit = functools.partial(train_classifier, images=images[:n], labels=labels[:n], **READER)
     settings = {"network": "DigitReader", "dataset": dataset, "images": n, **READER}
     return kept_classifier(out / "reader.pt", settings, reader, fit)
@@ -392,7 +385,7 @@ def measure(training, args, reader, images, labels, test_images, test_labels):
     The headline distance is that of a second set, with the classes of real images that the reader
     has not learnt; its floor is that of these images.
     """
-    n, first = args.samples, learnt(len(images))
+    n, first = args.samples, reader.learnt
     asked = torch.arange(n, device=images.device) % CLASSES
     real_images, real_labels = images[first:][:n], labels[first:][:n]
     samples = generate(training.average, asked, args.seed)
@@ -401,13 +394,10 @@ def measure(training, args, reader, images, labels, test_images, test_labels):
     floor = reader_distance(reader, real_images, test_images)
     right = predict(reader, test_images).argmax(1) == test_labels
     hits = predict(reader, samples).argmax(1) == asked
-    pairs = (resize(x[:1000], args.image_size) for x in (test_images[:n], samples))
-    norms = gradient_norms(training.critic, *pairs, torch.Generator().manual_seed(0))
     return samples, {
         "steps": training.done["steps"],
         "training_seconds": training.done["seconds"],
         "steps_per_second": training.done["steps"] / training.done["seconds"],
-        "gradient_norm_on_interpolates": norms.mean().item(),
         "reader_right_on_test_images": common.wilson(right.sum(), len(right)),
         "asked_class_read": common.wilson(hits.sum(), n),
         "reader_frechet_distance": distance,
@@ -462,8 +452,9 @@ def draw(args, device):
     """--sample: draw digits with the checkpoint's averaged generator."""
     path, training = args.out / "checkpoint.pt", Training(args, device)
     training.load(path, common.load_checkpoint(path, "acwgan", ANEW))
-    turn = torch.arange(args.sample, device=device) % CLASSES
-    labels = turn if args.digit is None else torch.full_like(turn, args.digit)
+    labels = torch.arange(args.sample, device=device) % CLASSES
+    if args.digit is not None:
+        labels.fill_(args.digit)
     images = generate(training.average, labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
     save_grid(args.out / "drawn.png", images[:1000], 20)

@@ -242,7 +242,6 @@ def download(url, path, sha256=""):
     with advise(f"could not download {url}", f"put that file at {path}"):
         with urllib.request.urlopen(url, timeout=20) as answer:
             size, blocks = answer.length, iter(lambda: answer.read(1 << 20), b"")
-            # no bar for a photo: they come in hundreds, under one for all
             content = b"".join(progress(blocks, path.name, disable=path.suffix == ".jpg"))
         digest = hashlib.sha256(content).hexdigest()
         if size not in (None, len(content)) or not digest.startswith(sha256):
@@ -349,8 +348,9 @@ def load_mnist(data_dir, train=True):
 
     Returns images (N, 1, 28, 28) float32 in [0, 1], labels (N,) int64; or raises Failure.
     """
-    files = Path(data_dir, "MNIST", "raw", "train-*" if train else "t10k-*")
-    advice = "put MNIST's four files there, or use --dataset glyphs"
+    part = Path(data_dir, "MNIST", "raw", "train" if train else "t10k")
+    files = f"{part}-images-idx3-ubyte, {part.name}-labels-idx1-ubyte"
+    advice = "delete them, or put MNIST's four files there, or use --dataset glyphs"
     socket.setdefaulttimeout(20)  # torchvision would wait for ever
     with advise(files, advice), contextlib.redirect_stdout(io.StringIO()):
         digits = torchvision.datasets.MNIST(data_dir, train, download=True)
@@ -486,9 +486,9 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
         categories = {category["id"]: category["name"] for category in content["categories"]}
-        for name in images.values():  # ../../x would have a file outside the folder overwritten
-            if not re.fullmatch(r"[\w-]+\.\w+", name):
-                raise ValueError(f"{name[:60]!r} is no plain file name")
+        plain = {name for name in images.values() if re.fullmatch(r"[\w-]+\.\w+", name)}
+        if not images or len(plain) < len(content["images"]):
+            raise ValueError("no photo, one twice, or one such as ../../x, to be overwritten")
         row, column = ({key: i for i, key in enumerate(sorted(x))} for x in (images, categories))
         labels = torch.zeros(len(row), len(column))
         for annotation in content["annotations"]:

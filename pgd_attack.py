@@ -98,7 +98,7 @@ def settings(argv=None):
         (several and args.week == 4, "--week 4 needs one label: --model digits, or resnet18"),
         (not several and args.week in (3, 5), f"--week {args.week} needs --model asl or your own"),
         (not several and args.sweep, "--sweep needs --model asl or your own"),
-        (not several and args.loss != "margin", "--loss needs --model asl or your own"),
+        (args.loss != "margin" and (args.week or not several), "--loss is of one attack by labels"),
         (args.image and not alone, "--image is one photo: no --week, --sweep, --augment, digits"),
         (args.sweep and args.week, "--sweep is of one attack: leave out --week"),
         (args.augment and args.dataset != "coco", "--augment is of --dataset coco"),
@@ -319,13 +319,13 @@ class Labels(NamedTuple):
         def right(logits, wanted):
             return (distance_past(logits, wanted, self.threshold) > SLACK).all(1)
 
+        stop = right if row.restarts is not None else False
         result, rest = images.clone(), torch.arange(len(images), device=images.device)
         for number in range(1 + (row.restarts or 0)):
-            how = row.eps, row.alpha / 2**number, row.steps, number > 0
-            stop = right if row.restarts is not None else False
+            how = row.eps, row.alpha / 2**number, row.steps, number > 0, stop
+            momentum = 0.75 if number else 0
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                how = (loss, *how, stop, (0, 1), 0.75 if number else 0)
-                moved = pgd(network, images[rest], wanted[rest], *how)
+                moved = pgd(network, images[rest], wanted[rest], loss, *how, momentum=momentum)
             with torch.no_grad():
                 done = self.achieved(logits[rest], network(moved))
             kept = done | (number == 0)
