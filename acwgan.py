@@ -228,7 +228,7 @@ class Training:
         with common.advise(path, ANEW):
             for name in self.parts:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            self.done = {name: checkpoint[name] for name in self.done}
+            self.done = {name: type(x)(checkpoint[name]) for name, x in self.done.items()}
             torch.set_rng_state(checkpoint["random"])  # the CPU's, which all draw from
 
 
@@ -299,7 +299,7 @@ def train(training, args, settings, images, labels, look):
 
 @torch.no_grad()
 def generate(generator, labels, seed):
-    """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64; the same latents for a `seed`."""
+    """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, of the latents of `seed`."""
     rng = torch.Generator().manual_seed(seed)
     latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
     parts = zip(latent.split(1000), labels.split(1000), strict=True)

@@ -93,7 +93,7 @@ def settings(argv=None):
         args.dataset = "coco" if several and (args.image or args.weights) else shown[0]
     alone = args.kind != "digits" and not (args.week or args.sweep or args.augment)
     refusals = (
-        (args.dataset not in (None, *shown), f"--model {args.model} is for {', '.join(shown)}"),
+        (args.dataset not in (None, *shown), f"--dataset of this model: {' or '.join(shown)}"),
         (args.threshold >= 1, "--threshold must lie below 1"),
         (several and args.week == 4, "--week 4 needs one label: --model digits, or resnet18"),
         (not several and args.week in (3, 5), f"--week {args.week} needs --model asl or your own"),
@@ -109,7 +109,8 @@ def settings(argv=None):
     target, eps, batch_size = DEFAULTS[args.dataset if several else args.kind]
     if args.week == 5 and args.dataset == "coco":
         target = "dining table"  # the log's output 60, which it took for donut
-    args.target, args.eps = args.target or target, args.eps or eps
+    args.target = target if args.target is None else args.target
+    args.eps = args.eps or eps
     args.batch_size = args.batch_size or batch_size
     args.direction = args.direction or ("on" if args.week else "flip")
     run = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
@@ -139,8 +140,8 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
     make no sense, and common.Failure if the model's answer or the gradient is no finite number.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
-        numbers = f"eps {eps}, alpha {alpha}, steps {steps}, {len(targets)} targets"
-        raise ValueError(f"not for {len(images)} images: {numbers}")
+        text = f"{len(images)} images with {len(targets)} targets"
+        raise ValueError(f"{text}; eps {eps}, alpha {alpha}, steps {steps}: none may be negative")
     if len(images) and not (clip[0] <= images.min() and images.max() <= clip[1]):
         text = f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}"
         raise ValueError(f"{text}: give them in [0, 1], and normalise inside the model")

@@ -492,7 +492,6 @@ def test_coco_is_in_ascending_order_downloaded_as_asked_for_and_not_hostile(serv
         common.load_coco(tiny_coco, 32)
     for old, *hostile in (
         ("000000000042.jpg", "../../x.jpg", "/etc/x", "a\\\\b.jpg", "..", f"{9:012}.jpg"),
-        ('"name 90"', '["name"]'),
         ('"id": 42', '"id": 9', '"id": {}', '"id": 10'),
         ('"category_id": 60', '"category_id": 12'),
         (good, "", "[]", "{", "{}", "\xff\xfe", "[" * 100_000, good.replace("[", "{}, [", 1)),
@@ -745,7 +744,6 @@ def test_fifteen_seconds_of_training_read_five_times_better_than_chance(small_ru
         ("--resume --out absent", 2, "absent/checkpoint.pt train --out"),
         ("--resume --out foreign", 1, "foreign/checkpoint.pt --force"),
         ("--resume --out damaged", 1, "damaged/checkpoint.pt --force"),
-        ("--out strange", 1, "strange/checkpoint.pt --force"),
         ("--resume --batch-size 64", 2, "run/checkpoint.pt batch_size 32 64 --out --force"),
         ("--resume --limit 320", 2, "run/checkpoint.pt dataset_size 640 320 --force"),
         ("--epochs 1", 2, "run/checkpoint.pt epochs 3 1 --out --force"),
@@ -765,7 +763,6 @@ def test_what_cannot_be_done_ends_in_one_line_and_changes_nothing(
     Path("file").write_text("")
     good = checkpoint_of(small_run[0])
     changes = {"run": {}, "foreign": {"kind": "asl_model"}, "damaged": {"steps": "many"}}
-    changes["strange"] = {"settings": 5}
     for name, change in changes.items():
         torch.save(good | change, reader_of(small_run, Path(name)) / "checkpoint.pt")
     flags = [*SMALL, "--out", "run", *flags.split()]
@@ -1460,7 +1457,7 @@ def test_a_stopped_scenes_classifier_resumes_to_the_same_bits(few, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asl_model, "EPOCH", 64)
     monkeypatch.setattr(asl_model, "SAVE_EVERY", 0)
-    monkeypatch.setitem(asl_model.ARCHITECTURES, "tresnet_s", ((1, 1, 1, 1), 0.25, 32))
+    monkeypatch.setitem(asl_model.ARCHITECTURES, "tresnet_s", ((1, 1, 1, 1), 0.25, 32, None))
     first, measured, predict = Path("runs/scenes_classifier"), [], asl_model.predict
 
     def interrupted(*args):
