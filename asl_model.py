@@ -28,17 +28,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, StackDataset
 from torchvision import models, transforms
 from torchvision.ops import SqueezeExcitation
 from torchvision.transforms import RandAugment
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 import acwgan
 import common
 
-# blocks of the four stages, width (of 64 channels), pixels, file in the zoo
+# blocks of the four stages, width (of 64 channels), pixels, file in ZOO
 ARCHITECTURES = {
     "tresnet_s": ((2, 3, 1, 1), 0.25, 64, None),
     "tresnet_m": ((3, 4, 11, 3), 1.0, 224, "MS_COCO_TRresNet_M_224_81.8.pth"),
@@ -90,7 +91,7 @@ def settings(argv=None):
     elif args.train:
         p.set_defaults(**DEFAULTS[args.dataset])
     args = p.parse_args(argv)
-    scenes, modes = args.dataset == "scenes", [bool(args.image), args.evaluate, args.train]
+    scenes, modes = args.dataset == "scenes", (bool(args.image), args.evaluate, args.train)
     has_weights = args.train or args.weights or (args.arch != "tresnet_s" and not scenes)
     for wrong, text in (
         (modes.count(True) != 1, "one of --image, --evaluate and --train is required"),
@@ -225,7 +226,7 @@ def fold(network):
 
 
 class SkipActivations(torch.overrides.TorchFunctionMode):
-    """While active, leaky ReLUs, and ReLUs of a batch norm, are the identity in backward passes."""
+    """Within, leaky ReLUs, and ReLUs of a batch norm, are the identity in backward passes."""
 
     relus = F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_
 
@@ -237,7 +238,7 @@ class SkipActivations(torch.overrides.TorchFunctionMode):
             return function(value.clone(), **kwargs) + (x - value)  # plus zero, of gradient 1
         result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor):
-            # overwritten by a sum in place, such as torchvision's blocks make of a norm's output
+            # overwritten by a sum in place, as torchvision's blocks make of a norm's output
             result.is_normalised = function is F.batch_norm
         return result
 
@@ -246,9 +247,8 @@ def inplace_abn_1_0_12(model):
     """A copy of `model` in eval mode with its logits and the gradient of inplace_abn v1.0.12.
 
     The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
-    gradient behind the activation, where `dy`, the one before it, is meant: the leaky ReLU's
-    derivative is skipped. Any network will do: its leaky ReLUs, and each ReLU that takes the very
-    output of a batch norm, get that gradient."""
+    gradient behind the activation, where `dy`, the one before it, is meant: the derivative of a
+    leaky ReLU, here also of a ReLU that takes the very output of a batch norm, is skipped."""
     model = copy.deepcopy(model).eval()
     forward = model.forward
 
@@ -261,7 +261,7 @@ def inplace_abn_1_0_12(model):
 
 
 def published(arch, data_dir):
-    """The path of the published weights of `arch` in `data_dir`, downloaded if absent."""
+    """The path of the published weights of `arch`, downloaded if absent."""
     file = ARCHITECTURES[arch][3]
     return common.download(ZOO + file, Path(data_dir) / file)
 
@@ -271,8 +271,7 @@ def inplace_abn_gammas(state):
 
     InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
     its scale must not be zero; the eps is the one beside the variance."""
-    moments = [name for name in state if name.endswith("running_mean")]
-    gammas = {name.removesuffix("running_mean") + "weight" for name in moments}
+    gammas = {name.replace("running_mean", "weight") for name in state if "running_mean" in name}
     return {k: x.float().abs() + NormAct.eps if k in gammas else x for k, x in state.items()}
 
 
@@ -292,7 +291,7 @@ def load_asl(path, arch=None, folded=True):
         network = tresnet(arch or widths[stem], classes)
         if not all(x.is_floating_point() and x.isfinite().all() for x in state.values()):
             raise ValueError("its weights are not all finite numbers")
-        # our own files hold gammas that batch norm has trained, and may be negative
+        # our own files' gammas, which batch norm has trained, may be negative
         own = content.get("norm") == "batch norm"
         network.load_state_dict(state if own else inplace_abn_gammas(state))
         network.image_size = content.get("settings", {}).get("image_size", network.image_size)
@@ -320,9 +319,7 @@ def own_network(spec):
 
 def torchvision_network(args):
     """(network of images in [0, 1], class names, mean, std) of one of torchvision's classifiers."""
-    known = models.list_models(models)
-    if args.model not in known:
-        label_index(args.model, ["asl", "digits", *known], "models")
+    label_index(args.model, ["asl", "digits", *models.list_models(models)], "models")
     published = models.get_model_weights(args.model).DEFAULT
     name, path = published.url.rpartition("/")[2], args.weights
     if path:
@@ -390,8 +387,8 @@ class AsymmetricLoss(nn.Module):
 
 
 class augmented(Dataset):  # noqa: N801 - called as a function
-    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout, then RandAugment, as the log
-    trained; the i-th is the same for a `seed`."""
+    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout (arXiv 1708.04552), then
+    RandAugment, as the log trained; the i-th is the same for a `seed`."""
 
     def __init__(self, photos, seed):
         self.photos, self.seed, self.rand_augment = photos, seed, RandAugment()
@@ -400,20 +397,14 @@ class augmented(Dataset):  # noqa: N801 - called as a function
         return len(self.photos)
 
     def __getitem__(self, i):
-        pixels = (self.photos[i] * 255).round().byte().permute(1, 2, 0)
+        image = to_pil_image((self.photos[i] * 255).round().byte())
+        side = image.width // 2  # of the square that is cut out
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # of RandAugment
-            image = self.rand_augment(cutout(Image.fromarray(pixels.numpy())))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def cutout(image):
-    """Draw a square of half the side, any colour and place, on `image` (arXiv 1708.04552)."""
-    side = image.width // 2
-    left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
-    colour = tuple(torch.randint(256, (3,)).tolist())
-    ImageDraw.Draw(image).rectangle((left, top, left + side - 1, top + side - 1), colour)
-    return image
+            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # of RandAugment, too
+            left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
+            colour = tuple(torch.randint(256, (3,)).tolist())
+            ImageDraw.Draw(image).rectangle((left, top, left + side - 1, top + side - 1), colour)
+            return to_tensor(self.rand_augment(image))
 
 
 def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digits="auto", seed=0):
@@ -433,9 +424,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digi
         images, labels = common.Photos([photos.paths[i] for i in rows], image_size), labels[rows]
         what = f"labelled photos of COCO {split}"
     names = names or known
-    differ = sorted(set(names) ^ set(known))
-    if differ:
-        lacks = ", ".join(differ[:3])[:99]
+    if set(names) != set(known):
+        lacks = ", ".join(sorted(set(names) ^ set(known))[:3])[:99]
         raise common.Failure(f"labels of {dataset} and the network: one of them lacks {lacks}", 2)
     return images, labels[:, [known.index(name) for name in names]], names, what
 
@@ -475,8 +465,8 @@ def weights_path(args):
 
 
 def train(args, device):
-    """Train; write checkpoint.pt, history.csv and, at `weights_path`, the network of the best mAP,
-    at ten marks. Returns facts for the record. Failure if --out holds another training."""
+    """Train; write checkpoint.pt, history.csv and the network of the best mAP, at ten marks.
+    Returns facts for the record. Failure if --out holds another training."""
     path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
     checkpoint = acwgan.starting_point(path, "asl_model", shaping, args)
     kept, place = shaping | {"data": str(args.data)}, (args.dataset, args.data, args.image_size)
@@ -548,8 +538,8 @@ def train(args, device):
 
 
 def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
-    """(Network, class names, mAP on validation scenes, path) of the classifier of scenes in `out`.
-    Where there is none, it is trained, or resumed. Failure for one of other settings."""
+    """(Network, class names, mAP on validation scenes, path) of the classifier of scenes in `out`,
+    trained, or resumed, where there is none. Failure for one of other settings."""
     flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
     args = settings([*flags, "--out", str(out), "--seed", str(seed)])
     args.resume = True  # if it was stopped

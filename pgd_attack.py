@@ -3,18 +3,17 @@
 PGD moves each pixel by at most eps so that a classifier gives a label that the attacker chose. In
 the log it switched nearly every label off (week 3), hardly moved an ImageNet network (week 4) and,
 asked for more donuts, got fewer of everything (week 5). The likeliest cause: the package that the
-log's TResNet used gave a wrong gradient (asl_model.inplace_abn_1_0_12). Weeks 3 and 5 run the
-attacks on record with that gradient and with the right one, beside noise and beside `margin`, which
-switches the label it is asked to and no other. Week 4 runs both recipes on two kinds of photos.
+log's TResNet used gave a wrong gradient (asl_model.inplace_abn_1_0_12). Here the attacks on record
+run with that gradient and the right one, beside noise and `margin`, which switches one label only.
 
-    python pgd_attack.py                           margin on scenes of digits
-    python pgd_attack.py --dataset coco --model asl --target person    on COCO, published TResNet-M
-    python pgd_attack.py --week 5                  or 3: on scenes, or --dataset coco
+    python pgd_attack.py                    margin on scenes of digits
+    python pgd_attack.py --dataset coco --model asl --target person    COCO, published TResNet-M
+    python pgd_attack.py --week 5           or 3: on scenes, or --dataset coco
     python pgd_attack.py --week 5 --dataset coco --model my_network.py:load    your own network
-    python pgd_attack.py --week 4                  on digits; --model resnet18: on photos
-    python pgd_attack.py --sweep                   over eps, with controls
+    python pgd_attack.py --week 4           on digits; --model resnet18: on photos
+    python pgd_attack.py --sweep            over eps, with controls
     python pgd_attack.py --image photo.jpg --target dog                one photo
-    torchrun --nproc-per-node 8 pgd_attack.py ...  the same table, the images shared out
+    torchrun --nproc-per-node 8 pgd_attack.py ...                      images shared out
 
 Writes into --out: results.json, adversarial.npz, pgd-attack-on-<model>.png and, of weeks 3 and 5,
 bars.png, of --sweep sweep.png.
@@ -35,10 +34,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 
 import acwgan
 import asl_model
 import common
+import transfer
 
 PINNED = "inplace-abn-1.0.12"  # the gradient of the package that the log's TResNet was pinned to
 SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
@@ -62,21 +63,19 @@ def settings(argv=None):
     p = common.parser(__doc__, None, None, names, "what is attacked (otherwise it varies)", limit)
     add, whole, positive = p.add_argument, common.whole, common.positive
     add("--image", type=Path, metavar="FILE", help="attack this one photo")
-    model = "asl; your own, FILE.py:FUNCTION; digits; one of torchvision's, such as resnet18"
+    model = "asl; FILE.py:FUNCTION, your own; digits; or torchvision's, such as resnet18"
     add("--model", help=f"{model} (otherwise asl, with --week 4 digits)")
-    add("--weights", type=Path, metavar="FILE", help="its weights (otherwise the published ones)")
+    add("--weights", type=Path, metavar="FILE", help="its weights (otherwise those published)")
     add("--gradient", choices=("right", PINNED), default="right", help="that the attack follows")
     add("--split", choices=("val2017", "train2017"), default="val2017", help="of coco")
     add("--augment", action="store_true", help="show coco's photos as in training")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
     add("--week", type=int, choices=(3, 4, 5), help="the attacks on record, beside the right one")
     add("--target", metavar="NAME", help="label to switch (otherwise it varies, see DEFAULTS)")
-    switch = "switch it on, off, or over (otherwise flip, with --week on)"
-    add("--direction", choices=("on", "off", "flip"), help=switch)
+    add("--direction", choices=("on", "off", "flip"), help="of the switch (flip; with --week, on)")
     add("--loss", choices=LOSS, default="margin", help="of several labels")
     add("--threshold", type=positive, default=0.5, help="a label is present above this probability")
-    eps = "largest change of a pixel, of 1 (otherwise 8/255; scenes 0.1, digits 0.3)"
-    add("--eps", type=positive, help=eps)
+    add("--eps", type=positive, help="pixels' largest change, of 1 (8/255; scenes 0.1; digits 0.3)")
     add("--alpha", type=positive, default="2/255", help="size of a step, of 1")
     add("--steps", type=whole(1), default=40, help="steps of each image, at most")
     add("--restarts", type=whole(0), default=2, help="further tries of margin, from random starts")
@@ -92,7 +91,7 @@ def settings(argv=None):
     if args.dataset is None and (args.image or args.kind != "torchvision" or not args.week):
         args.dataset = "coco" if several and (args.image or args.weights) else shown[0]
     alone = args.kind != "digits" and not (args.week or args.sweep or args.augment)
-    refusals = (
+    for refused, text in (
         (args.dataset not in (None, *shown), f"--dataset of this model: {' or '.join(shown)}"),
         (args.threshold >= 1, "--threshold must lie below 1"),
         (several and args.week == 4, "--week 4 needs one label: --model digits, or resnet18"),
@@ -102,8 +101,7 @@ def settings(argv=None):
         (args.image and not alone, "--image is one photo: no --week, --sweep, --augment, digits"),
         (args.sweep and args.week, "--sweep is of one attack: leave out --week"),
         (args.augment and args.dataset != "coco", "--augment is of --dataset coco"),
-    )
-    for refused, text in refusals:
+    ):
         if refused:
             p.error(text)
     target, eps, batch_size = DEFAULTS[args.dataset if several else args.kind]
@@ -123,21 +121,19 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
         random_start=False, early_stop=False, clip=(0, 1), momentum=0):  # fmt: skip
     """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): alpha * sign(gradient) down `loss`.
 
-    model: images (N, C, H, W) -> logits (N, L); it is run in eval mode, and left as it was. It
-    normalises its own input.
+    model: images (N, C, H, W) in `clip` -> logits (N, L). It is run in eval mode, left as it was.
     targets: what `loss(logits, targets)` needs, a row per image: class indices (N,) int64, or
     wanted labels (N, L) of 0 and 1. The loss is a scalar or one value per image; of a scalar, no
     image's part may depend on another's.
-    early_stop: an image that has reached its goal leaves the batch as it is then. True: top-1 is
-    the target (indices), or every logit is on the wanted side of 0 (labels); or a callable
-    (logits, targets) -> bool (N,).
+    early_stop: an image that has reached its goal leaves the batch as it is then. True: see
+    `goal_reached`; or a callable (logits, targets) -> bool (N,).
     random_start: from a uniformly random point of the ball, of torch's global generator.
     momentum: share of the last step's direction, of gradients of equal L1 norm (Dong et al. 2018,
     arXiv 1710.06081).
 
     Returns the adversarial images, of the same shape, within eps of `images` and within `clip`.
-    Raises ValueError for images outside `clip` (normalised, or from 0 to 255) and for sizes that
-    make no sense, and common.Failure if the model's answer or the gradient is no finite number.
+    Raises ValueError for images outside `clip` and sizes that make no sense, and common.Failure
+    if the model's answer or the gradient is no finite number.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
         text = f"{len(images)} images with {len(targets)} targets"
@@ -184,7 +180,7 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
 
 
 def goal_reached(logits, targets):
-    """`early_stop=True`: top-1 is the target (indices), or every logit on the wanted side of 0."""
+    """Whether top-1 is the target (indices), or every logit on the wanted side of 0 (labels)."""
     if targets.ndim == 1:
         return logits.argmax(1) == targets
     return ((logits > 0) == (targets > 0.5)).all(1)
@@ -210,9 +206,8 @@ def bce(logits, wanted, target, threshold):
 def softmax_bce(logits, wanted, target=None, threshold=None):
     """Weeks 4 and 5: binary cross-entropy on a softmax, whose labels share a sum of 1.
 
-    Week 4's batch wanted a copy of the raw logits with the target's set to 1: torch's own loss
-    refuses a wanted t outside [0, 1]; this one, its value and its gradient, is as torch has it,
-    cut at log(p) = -100.
+    As torch has it, cut at log(p) = -100; but torch refuses wanted values outside [0, 1], such as
+    the raw logits that week 4's batch wanted.
     """
     p = logits.float().softmax(1)
     with torch.no_grad():
@@ -222,18 +217,16 @@ def softmax_bce(logits, wanted, target=None, threshold=None):
 
 
 def margin(logits, wanted, target, threshold):
-    """Right: the target is pushed until it is MARGIN past the threshold, and every other label
-    that is not KEEP past it, on its side, is pushed back; then no further.
-
-    A hinge for each label, as in Carlini & Wagner 2017 (arXiv 1608.04644) for the top class.
-    """
+    """Right: the target is pushed until it is MARGIN past the threshold, any other label until it
+    is KEEP past it, on its side: a hinge for each, as in Carlini & Wagner 2017 (arXiv 1608.04644)
+    for the top class."""
     past = distance_past(logits, wanted, threshold)
     others = (KEEP - past).relu().sum(1) - (KEEP - past[:, target]).relu()
     return (MARGIN - past[:, target]).relu() + others
 
 
 def distance_past(logits, wanted, threshold):
-    """How far each logit (N, L) is past the threshold's logit, on the side that is wanted."""
+    """How far each logit (N, L) is past the threshold's, on the wanted side."""
     return (2 * wanted - 1) * (logits - math.log(threshold / (1 - threshold)))
 
 
@@ -244,7 +237,7 @@ class Row(NamedTuple):
     """An attack: a row of a week's table."""
 
     name: str
-    loss: str | None  # of LOSS, or one of week 4's; None: no PGD, but uniform noise of size eps
+    loss: str | None  # of LOSS, or one of week 4's; None: uniform noise of size eps
     eps: float
     gradient: str = "right"
     alpha: float = 2 / 255
@@ -270,9 +263,8 @@ WEEK_5 = (
     Row("softmax-ce", "softmax-ce", 0.3),
     Row("no attack", None, 0),
 )
-COUNTS = [
-    f"{what}_{when}" for what in ("target", "labels") for when in ("actual", "before", "after")
-]
+WHEN = "actual", "before", "after"
+COUNTS = [f"{what}_{when}" for what in ("target", "labels") for when in WHEN]
 
 
 class Labels(NamedTuple):
@@ -296,11 +288,11 @@ class Labels(NamedTuple):
         return wanted
 
     def asked(self, logits):
-        """Of which images a change is asked, (N,) bool: the prediction is not what is wanted."""
+        """Of which images a change is asked, (N,) bool."""
         return (self.wanted(logits) != self.predicted(logits)).any(1)
 
     def achieved(self, before, after):
-        """Whether the attack from logits `before` to `after` did what was asked, (N,) bool."""
+        """Whether logits `after` are what was asked, given those `before`, (N,) bool."""
         return (distance_past(after, self.wanted(before), self.threshold) > 0).all(1)
 
     def words(self, logits):
@@ -309,18 +301,16 @@ class Labels(NamedTuple):
         return {self.names[j]: f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present}
 
     def attack(self, network, images, logits, row):
-        """`row`'s attack on images (N, 3, S, S) of logits (N, L) -> images, judged in float32."""
+        """`row`'s attack on images (N, 3, S, S) of logits (N, L), judged in float32: images."""
         if row.loss is None:
             return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
         wanted = self.wanted(logits)
-
-        def loss(logits, wanted):
-            return LOSS[row.loss](logits, wanted, self.target, self.threshold)
 
         def right(logits, wanted):
             return (distance_past(logits, wanted, self.threshold) > SLACK).all(1)
 
         stop = right if row.restarts is not None else False
+        loss = functools.partial(LOSS[row.loss], target=self.target, threshold=self.threshold)
         result, rest = images.clone(), torch.arange(len(images), device=images.device)
         for number in range(1 + (row.restarts or 0)):
             how = row.eps, row.alpha / 2**number, row.steps, number > 0, stop
@@ -342,7 +332,7 @@ class Labels(NamedTuple):
         before, after = self.predicted(found["before"]), self.predicted(found[name])
         asked, achieved = self.asked(found["before"]), self.achieved(found["before"], found[name])
         n, numbers = int(asked.sum()), dict.fromkeys(COUNTS)
-        for when, labels in (("actual", truth), ("before", before), ("after", after)):
+        for when, labels in zip(WHEN, (truth, before, after), strict=True):
             if labels is not None:
                 numbers[f"target_{when}"] = int(labels[:, self.target].sum())
                 numbers[f"labels_{when}"] = int(labels.sum())
@@ -359,7 +349,7 @@ class Labels(NamedTuple):
         }
 
     def report(self, rows):
-        """Print the log's six counts, of the first and the last row, and the rates of all rows."""
+        """Print the log's six counts, of the first and last row, and the rates of all."""
         ends = dict.fromkeys([next(iter(rows)), list(rows)[-1]])
         lines = [[key.replace("_", " "), *(rows[end][key] for end in ends)] for key in COUNTS]
         common.print_table([f"target: {self.names[self.target]}", *ends], lines)
@@ -373,8 +363,8 @@ class Labels(NamedTuple):
         print("exact: switched, all else as before; lost: share of the other labels that were on")
 
 
-# week 4: the loss "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of
-# the logits with the target's set to 1, "class" cross-entropy; without one there is only the cut
+# week 4: "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of the
+# logits with the target's set to 1, "class" cross-entropy; without a loss there is only the cut
 WEEK_4 = (
     Row("cut alone", None, 0.3),
     Row("single photo's", "one-hot", 0.3),  # "very effective"
@@ -384,7 +374,7 @@ LEAD = 0.5  # in logits: an image is done when the target leads all other classe
 
 
 class TopClass(NamedTuple):
-    """What is asked of a classifier of one label: every image is to be taken for the target."""
+    """What is asked of a classifier of one label: the target, for every image."""
 
     names: list
     target: int
@@ -403,17 +393,13 @@ class TopClass(NamedTuple):
         """One image's top class, {class: class}."""
         return {self.names[logits.argmax()]: self.names[logits.argmax()]}
 
-    def leads(self, logits, targets):
-        """Whether each target (N,) leads all other classes by LEAD."""
-        first, second = logits.topk(2).values.unbind(1)
-        return (logits.argmax(1) == targets) & (first - second > LEAD)
-
     def attack(self, network, images, logits, row):
-        """`row`'s attack on images (N, C, S, S) with prediction logits (N, L) -> images."""
+        """`row`'s attack on images (N, C, S, S) of logits (N, L): images."""
         targets = torch.full((len(images),), self.target, device=images.device)
         if row.loss == "class":
-            how = functools.partial(F.cross_entropy, reduction="none"), row.eps, row.alpha
-            return pgd(network, images, targets, *how, row.steps, early_stop=self.leads)
+            loss = functools.partial(F.cross_entropy, reduction="none")
+            how = row.eps, row.alpha, row.steps, False, lambda *x: transfer.lead(*x) > LEAD
+            return pgd(network, images, targets, loss, *how)
         wanted = F.one_hot(targets, logits.shape[1]).float()
         if row.loss == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
             wanted = logits.clone()
@@ -438,10 +424,10 @@ class TopClass(NamedTuple):
             "top_class_changed": common.wilson((after != before)[asked].sum(), asked.sum()),
             "mean_sigmoid": p.mean().item(),  # the log's own metric
         }
-        if truth is not None:
-            known = truth >= 0
-            numbers["right_before"] = common.wilson((before == truth)[known].sum(), known.sum())
-            numbers["right_after"] = common.wilson((after == truth)[known].sum(), known.sum())
+        if truth is not None:  # no class is -1, which stands for an unknown one
+            known = (truth >= 0).sum()
+            numbers["right_before"] = common.wilson((before == truth).sum(), known)
+            numbers["right_after"] = common.wilson((after == truth).sum(), known)
         return numbers
 
     def report(self, rows):
@@ -490,18 +476,16 @@ def over_batches(network, images, attacks, args, device, rank, world):
 
 
 def figure(title, found, columns, goal):
-    """A page: a line for each image, clean and by each attack, the changes magnified below.
-
-    Images of which a change was asked come first; labels that came are green, lost ones are gone.
-    """
+    """A page: lines of images, clean and by each attack, with the changes magnified below. Images
+    of which a change was asked come first; labels that came are green."""
     side, gap, top, font = 160, 12, 62, ImageFont.load_default(13)
-    n = len(found["clean", "pixels"])
-    some = (~goal.asked(found["before"][:n])).sort(stable=True).indices[:4].tolist()
-    logits = {name: found[name if name != "clean" else "before"] for name in columns}
+    asked = goal.asked(found["before"][: len(found["clean", "pixels"])])
+    some = asked.sort(descending=True, stable=True).indices[:4].tolist()
+    logits = found | {"clean": found["before"]}
     words = {(i, name): goal.words(logits[name][i]) for i in some for name in columns}
     height = 2 * side + 16 + 16 * min(max(map(len, words.values())), 8)
-    size = (gap + len(columns) * (side + gap), top + len(some) * height)
-    page = Image.new("RGB", size, "white")
+    width = gap + len(columns) * (side + gap)
+    page = Image.new("RGB", (width, top + len(some) * height), "white")
     ink = ImageDraw.Draw(page)
     ink.text((gap, 8), title, "black", ImageFont.load_default(18))
     for column, name in enumerate(columns):
@@ -512,8 +496,8 @@ def figure(title, found, columns, goal):
             change = pixels.float() - found["clean", "pixels"][i]
             magnified = 127.5 + 127.5 * change / change.abs().max().clamp(min=1)
             for image, down in ((pixels, 0), (magnified.byte(), side + 2)):
-                image = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-                page.paste(image.resize((side, side), Image.NEAREST), (x, y + down))
+                image = to_pil_image(image).resize((side, side), Image.NEAREST)
+                page.paste(image, (x, y + down))
             for line, (word, text) in enumerate([*words[i, name].items()][:8]):
                 colour = "black" if word in words[i, "clean"] else "green"
                 ink.text((x, y + 2 * side + 6 + 16 * line), text, colour, font)
@@ -522,7 +506,7 @@ def figure(title, found, columns, goal):
 
 
 def bars(rows):
-    """A picture of a table: of each row, how often the target switched, and others were lost."""
+    """A picture of how often each row switched the target, and lost other labels."""
     page = Image.new("RGB", (860, 40 + 36 * len(rows)), "white")
     ink, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     kinds = ("target switched", "seagreen"), ("other labels lost", "firebrick")
@@ -545,17 +529,16 @@ def sweep_rows(ours):
     """The rows of `--sweep`: the attack over eps, and its controls."""
     rows = []
     for eps in SWEEP:
-        # alpha shrinks with eps, or a step would go from one side of the ball to the other
+        # alpha shrinks with eps, or a step would cross the ball
         row = ours._replace(eps=eps, alpha=min(ours.alpha, eps / 4), restarts=0)
-        controls = row._replace(steps=2 * ours.steps), row._replace(restarts=3)
-        controls = (row, *controls, row._replace(loss=None))
-        for kind, row in zip(SWEEP_KINDS, controls, strict=True):
-            rows.append(row._replace(name=f"{kind} {eps * 255:g}/255"))
-    return tuple(rows)
+        changes = {}, {"steps": 2 * ours.steps}, {"restarts": 3}, {"loss": None}
+        for kind, change in zip(SWEEP_KINDS, changes, strict=True):
+            rows.append(row._replace(name=f"{kind} {eps * 255:g}/255", **change))
+    return rows
 
 
 def report_sweep(rows):
-    """Print `--sweep`'s table and the verdict on each control; returns these and the curves."""
+    """Print `--sweep`'s table and verdicts on the controls; returns these and the curves."""
     switched = [row["target_switched"] for row in rows.values()]
     if None in switched:
         raise common.Failure("no image lacks what is asked for: there is nothing to switch")
@@ -578,13 +561,10 @@ def report_sweep(rows):
     return {name: bool(holds) for name, holds, _ in controls}, curves
 
 
-def save_photo(args, network, device, found, pixels, goal):
-    """Save --image's adversarial photo, and print its labels before and after."""
-    path = args.out / f"{args.image.stem}-adversarial.png"
-    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    common.write_file(path, lambda file: image.save(file, "png"))
+def report_photo(network, pixels, found, goal, path):
+    """Print --image's labels before, and after, from its 8-bit pixels, saved at `path`."""
     with torch.no_grad():
-        after = network(pixels.to(device).float() / 255).float().cpu()
+        after = network(pixels.float() / 255).float().cpu()
     for when, logits in (("before", found["before"]), (f"after, from the pixels of {path}", after)):
         print(f"{when}: {', '.join(goal.words(logits[0]).values()) or 'no label'}")
     if not goal.achieved(found["before"], after).item():
@@ -682,8 +662,8 @@ def main(argv=None):
         asked = int(goal.asked(found["before"]).sum())
         print(f"{len(images):,} images, {what}; {args.target} asked of {asked:,}")
         if args.kind in ("asl", "own") and not args.image:
-            p, actual = found["before"].sigmoid().numpy(), truth.numpy() > 0
-            mean_ap = float(asl_model.average_precision(p, actual)[actual.any(0)].mean())
+            p = found["before"].sigmoid().numpy()
+            mean_ap = asl_model.measure(p, truth.numpy(), args.threshold)["mAP_present"]
             print(f"the classifier's mAP on them, over the classes present: {mean_ap:.1%}")
             record["mAP_present"] = mean_ap
         if args.sweep:
@@ -695,22 +675,24 @@ def main(argv=None):
             pictures["bars"] = bars(results)
     if rank:
         return None
-    last, columns = rows[-1].name, ["clean", *(row.name for row in rows[:3]), rows[-1].name]
-    columns = list(dict.fromkeys(columns))
+    last = rows[-1].name
+    columns = list(dict.fromkeys(["clean", *(row.name for row in rows[:3]), last]))
     name = Path(args.model.partition(":")[0]).stem
     title = f"{name}: {args.target}, {args.direction}"
     pictures[f"pgd-attack-on-{name}"] = figure(title, found, columns, goal)
+    if args.image:
+        pixels, photo = found[last, "pixels"][:1], f"{args.image.stem}-adversarial"
+        pictures[photo] = to_pil_image(pixels[0])
+        report_photo(network, pixels.to(device), found, goal, args.out / f"{photo}.png")
     for name, picture in pictures.items():
         save = functools.partial(picture.save, format="png", optimize=True)
         common.write_file(args.out / f"{name}.png", save)
     arrays = {"clean": found["clean", "pixels"], "adversarial": found[last, "pixels"]}
     arrays |= {"before": found["before"], "after": found[last]}
-    arrays = {key: x[: args.save].numpy() for key, x in arrays.items()}
+    arrays = {key: x[: args.save] for key, x in arrays.items()}
     save = functools.partial(np.savez_compressed, **arrays)
     common.write_file(args.out / "adversarial.npz", save)
     print(f"{args.out} holds {', '.join(pictures)} (.png), adversarial.npz and results.json")
-    if args.image:
-        save_photo(args, network, device, found, found[last, "pixels"][:1], goal)
     facts = {"attacked": str(args.weights or args.model), "device": str(device)}
     return common.write_results(args, record, dataset=args.dataset, processes=world, **facts)
 

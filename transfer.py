@@ -4,23 +4,22 @@ Approach 1 trained a new generator against a finished critic, an auxiliary and a
 its samples "remained just noise images". Approach 2 retrained week 1's generator, as AT-GAN does
 (Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID as the distance; the digits degraded. This
 script repeats both as they were run, changes one thing a row, and ends at digits that the target
-takes for the next class, and judges for their own: `ours-no-gradient` needs no target once it is
-trained; `ours-gradient` asks the target while it draws (one gradient, two forward passes).
+takes for the next class, and judges for their own.
 
     python acwgan.py && python transfer.py          week 1's generator, then every row
-    python transfer.py --variant ours-no-gradient   one row, or several (the log's: scratch, ...)
+    python transfer.py --variant ours-no-gradient   one row, or several
     python transfer.py --target 3                   every digit is to be taken for a 3
     python transfer.py --resume                     train the rows that are not finished yet
 
 Writes into --out: for each row generator-<variant>.pt, history-<variant>.csv (its losses) and
-samples-<variant>.npz; four figures; results.json; and the classifiers it trained.
+samples-<variant>.npz; four figures; results.json; and the classifiers.
 """
 
-import collections
 import copy
 import functools
 import hashlib
 import time
+from collections import deque, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -75,7 +74,6 @@ VARIANTS = {
 }
 # fmt: on
 ANEW = "delete it, and it is trained anew"
-
 CRITIC_RATE = 1e-3  # Adam's step size for the critic that trains, too
 RECENT_BATCHES = 7  # whose features stand beside the newest batch's in a Frechet distance
 SHAPING = ("seed", "steps", "batch_size", "target")  # flags: of every training
@@ -85,9 +83,9 @@ ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not r
 def settings(argv=None):
     """The flags, with every default resolved; with --resume those of the newest generator."""
     datasets, hint = ("auto", "mnist", "glyphs"), "auto: the one the generator was trained on"
-    place, limit = Path("runs/transfer"), "train on N images"
-    p = common.parser(__doc__, place, "auto", datasets, hint, limit, True)
-    add, whole, week1 = p.add_argument, common.whole, Path("runs/acwgan/checkpoint.pt")
+    out, week1 = Path("runs/transfer"), Path("runs/acwgan/checkpoint.pt")
+    p = common.parser(__doc__, out, "auto", datasets, hint, "train on N images", True)
+    add, whole = p.add_argument, common.whole
     add("--generator", type=Path, default=week1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train")
     add("--target", type=int, choices=range(CLASSES), help="wanted class; otherwise y + 1, or 7")
@@ -106,8 +104,13 @@ def settings(argv=None):
     return args
 
 
+def autocast(device):
+    """A context that multiplies in bfloat16, where `device` does so in hardware."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
+
+
 class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` feed its last layer."""
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` feed the last layer."""
 
     def __init__(self, features, width):
         super().__init__()
@@ -126,7 +129,7 @@ def model_a():
 
 
 class Contrast(nn.Module):
-    """Dark pixels darker, bright ones brighter: what robust readers of MNIST learn, but slowly."""
+    """Dark pixels darker, bright ones brighter, as robust readers of MNIST learn but slowly."""
 
     def forward(self, images):
         return torch.sigmoid(10 * images - 5)
@@ -142,31 +145,27 @@ def convolutional(layers, inputs, steady=False):
 
 
 class Refiner(nn.Module):
-    """`ours`: week 1's generator, frozen, and a small U-Net that adds a residual to its digit.
+    """`ours`: week 1's generator, frozen, and a small U-Net that adds a residual to its digit,
+    which is for goal(labels). With a target, the U-Net also sees its logits and the gradient of the
+    wanted class's lead, and in eval mode gives `smallest`: two more forward passes."""
 
-    Called as the generator is; goal(labels) -> the wanted classes. With a target, the U-Net sees
-    its logits and the gradient of the wanted class's lead, too; in eval mode see `smallest`.
-    """
-
-    def __init__(self, original, goal, target=None, width=40):
+    def __init__(self, original, goal, target=None):
         super().__init__()
         self.original, self.target = copy.deepcopy(original), copy.deepcopy(target)
-        self.latent, self.goal, wide = original.latent, goal, 2 * width
-        self.first, self.facts = nn.Conv2d(8, width, 3, 1, 1), nn.Linear(3 * CLASSES, width)
-        self.encoder = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1))
-        layers = [nn.ReLU(), nn.Conv2d(width, wide, 4, 2, 1), nn.ReLU()]
-        layers += [nn.Conv2d(wide, wide, 3, 1, 1), nn.ReLU()]
-        self.coarse = nn.Sequential(*layers, nn.ConvTranspose2d(wide, width, 4, 2, 1))
-        layers = [nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, nn.Conv2d(width, 4, 3, 1, 1))
+        self.latent, self.goal = original.latent, goal
+        self.first, self.facts = nn.Conv2d(8, 40, 3, 1, 1), nn.Linear(3 * CLASSES, 40)
+        self.encoder = nn.Sequential(nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1))
+        layers = [nn.ReLU(), nn.Conv2d(40, 80, 4, 2, 1), nn.ReLU(), nn.Conv2d(80, 80, 3, 1, 1)]
+        self.coarse = nn.Sequential(*layers, nn.ReLU(), nn.ConvTranspose2d(80, 40, 4, 2, 1))
+        layers = [nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU(), nn.Conv2d(40, 4, 3, 1, 1)]
+        self.decoder = nn.Sequential(*layers)
         for weight in self.decoder[-1].parameters():  # the first digits are the original's
             nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
         image = self.original(latent, labels).float()
-        bf16 = common.has_bf16(image.device)
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(image.device):
             return self.refine(image, labels, self.goal(labels))
 
     def refine(self, image, labels, wanted):
@@ -189,8 +188,8 @@ class Refiner(nn.Module):
 
 
 def load_generator(path, dataset):
-    """Week 1's generator and critic, frozen, and their settings, with a hash as "weights".
-    dataset: the one they must have been trained on, or auto. Raises Failure if they don't fit."""
+    """Week 1's generator and critic, frozen, and their settings, with a hash as "weights". Raises
+    Failure if they are not of `dataset`, unless that is auto, or don't fit."""
     advice = f"make one with: python acwgan.py --out {path.parent}"
     if not path.exists():
         raise common.Failure(f"there is no generator at {path}; {advice}", 2)
@@ -208,7 +207,7 @@ def load_generator(path, dataset):
     if steps < total:
         print(f"{path} is unfinished, step {steps:,} of {total:,}; acwgan.py --resume continues it")
     weights = [*generator.state_dict().values(), *critic.state_dict().values()]
-    content = b"".join(tensor.numpy().tobytes() for tensor in weights)
+    content = b"".join(x.numpy().tobytes() for x in weights)
     made["weights"] = hashlib.sha256(content).hexdigest()[:12]
     return generator.eval().requires_grad_(False), critic.eval().requires_grad_(False), made
 
@@ -220,8 +219,8 @@ def wanted_class(labels, variant, args):
 
 
 def new_generator(name, args, networks):
-    """The generator that a variant starts from. Batch norm, unless it is week 1's own, normalises
-    by the batch, when drawing, too, as the log's did."""
+    """The generator that a variant starts from. All but week 1's own normalise by the batch when
+    they draw, too, as the log's did."""
     variant, original = VARIANTS[name], networks.original
     if variant.start == "refiner":
         goal = functools.partial(wanted_class, variant=variant, args=args)
@@ -244,7 +243,7 @@ def lead(logits, labels):
 
 def pgd(network, images, labels, sign=1, eps=0.3, alpha=0.02, steps=40, noise=0.0):
     """L-inf PGD (Madry et al. 2018, arXiv 1706.06083) on the cross-entropy of the labels (N,), from
-    up to `noise` off the images; sign: -1 towards the labels, +1 away. Returns images in [0, 1]."""
+    up to `noise` off the images; sign -1: towards the labels. Returns images in [0, 1]."""
     moved = images + noise * (2 * torch.rand_like(images) - 1)
     for _ in range(steps):
         moved.requires_grad_()
@@ -255,9 +254,9 @@ def pgd(network, images, labels, sign=1, eps=0.3, alpha=0.02, steps=40, noise=0.
 
 
 def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
-    """The smallest change in L2 that a search finds (Carlini & Wagner 2017, arXiv 1608.04644): Adam
-    descends ||change||^2 + c * hinge on the lead of the class wanted, in tanh space, with the
-    smallest c that succeeds, by a binary search for each image. Returns images in [0, 1]."""
+    """The least L2 change that a search finds (Carlini & Wagner 2017, arXiv 1608.04644): Adam, in
+    tanh space, on ||change||^2 + c * hinge on the lead of the class wanted, with the smallest c
+    that succeeds, by a binary search for each image. Returns images in [0, 1]."""
     best, least = images.clone(), images.new_full((len(images),), torch.inf)
     low, high, c = torch.zeros_like(least), least.clone(), torch.ones_like(least)
     for _ in range(searches):
@@ -280,11 +279,12 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
 @torch.no_grad()
 def smallest(network, images, moved, wanted, start, margin=0.5, steps=2):
     """As much of the change from images to moved (N, 1, 28, 28) as the class wanted needs to lead
-    by `margin`, if its lead, `start` (N,) at the images, were linear along the change."""
+    by `margin`, as if its lead, at first `start` (N,), were linear along it."""
     change, share = moved - images, torch.ones_like(images[:, :1, :1, :1])
     for _ in range(steps):
         ahead = lead(network((images + share * change).clamp(0, 1)), wanted)
-        factor = ((margin - start) / (ahead - start)).clamp(0, 1.3)
+        # 0 / 0 where the class leads by the margin already and nothing moves: no change
+        factor = ((margin - start) / (ahead - start)).nan_to_num(0).clamp(0, 1.3)
         share = share * factor.view_as(share)
     return (images + share * change).clamp(0, 1)
 
@@ -292,24 +292,21 @@ def smallest(network, images, moved, wanted, start, margin=0.5, steps=2):
 AUXILIARY = functools.partial(convolutional, ((4, 32, 3, 1), (32, 64, 3, 2), (64, 128, 3, 2)), 2048)
 JUDGE = functools.partial(convolutional, ((4, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1)), 3136)
 PGD_JUDGE = functools.partial(convolutional, ((4, 32, 5, 1), (32, 64, 5, 2)), 1600, True)
-PLAIN = {"epochs": 4, "rate": 1e-3, "shift": 0, "smoothing": 0.0}
-MOVED = {"epochs": 3, "rate": 3e-3, "shift": 2, "smoothing": 0.0}
-ROBUST = {"epochs": 4, "rate": 3e-3, "shift": 0, "smoothing": 0.0}
 # FGSM from a random start (Wong et al. 2020, arXiv 2001.03994), and three steps of PGD
 ONE_STEP = {"steps": 1, "alpha": 0.375, "noise": 0.3}
 THREE_STEPS = {"steps": 3, "alpha": 0.15, "noise": 0.3}
 CLASSIFIERS = {  # network, seed, arguments of `acwgan.train_classifier`, of `pgd` if adversarial
-    "target": (model_a, 1, PLAIN, {}),  # it is attacked
-    "other_target": (JUDGE, 2, MOVED, {}),  # it is not: do the digits transfer?
-    "auxiliary": (AUXILIARY, 3, MOVED, {}),
-    "robust_auxiliary": (AUXILIARY, 4, ROBUST, ONE_STEP),
+    "target": (model_a, 1, {"epochs": 4, "rate": 1e-3, "shift": 0}, {}),  # it is attacked
+    # it is not: do the digits transfer?
+    "other_target": (JUDGE, 2, {"epochs": 3, "rate": 3e-3, "shift": 2}, {}),
+    "auxiliary": (AUXILIARY, 3, {"epochs": 3, "rate": 3e-3, "shift": 2}, {}),
+    "robust_auxiliary": (AUXILIARY, 4, {"epochs": 4, "rate": 3e-3, "shift": 0}, ONE_STEP),
     # two stand in for an eye, in no loss, of other architectures and trainings
-    "judge": (JUDGE, 5, ROBUST | {"epochs": 10, "rate": 4e-3}, ONE_STEP),
-    "pgd_judge": (PGD_JUDGE, 6, ROBUST | {"epochs": 5, "rate": 5e-3}, THREE_STEPS),
+    "judge": (JUDGE, 5, {"epochs": 10, "rate": 4e-3, "shift": 0}, ONE_STEP),
+    "pgd_judge": (PGD_JUDGE, 6, {"epochs": 5, "rate": 5e-3, "shift": 0}, THREE_STEPS),
 }
 # what a generator is trained against and measured with, all frozen
-ROLES = ("original", "critic", "reader", "random_target", *CLASSIFIERS)
-Networks = collections.namedtuple("Networks", ROLES)
+Networks = namedtuple("Networks", ("original", "critic", "reader", "random_target", *CLASSIFIERS))
 
 
 def classifier(name, out, dataset, images, labels):
@@ -317,41 +314,38 @@ def classifier(name, out, dataset, images, labels):
     make, seed, how, attack = CLASSIFIERS[name]
     torch.manual_seed(seed)
     network = make().to(images.device)
-    made = {"network": str(network), "dataset": dataset, "images": len(images), "seed": seed, **how}
-    made["attack"] = attack
-    how = how | {"attack": functools.partial(pgd, **attack) if attack else None, "seed": seed}
+    how = {"seed": seed, "smoothing": 0.0, "attack": attack, **how}
+    made = {"network": str(network), "dataset": dataset, "images": len(images), **how}
+    how["attack"] = functools.partial(pgd, **attack) if attack else None
     fit = functools.partial(acwgan.train_classifier, images=images, labels=labels, **how)
     return acwgan.kept_classifier(out / f"{name}.pt", made, network, fit)
 
 
 class FeatureBank:
-    """The Frechet distance of generated digits to real ones in one classifier's features, over the
-    total variance of the real ones. As a batch is too few samples for a covariance, the features of
-    recent batches join it."""
+    """The Frechet distance of generated to real digits in a classifier's features, over the total
+    variance of the real ones. A batch is too few for a covariance: recent ones join it."""
 
     def __init__(self, network, images):
         self.network, rng = network, torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(images), generator=rng)[:2048].to(images.device)
-        with torch.no_grad():
-            self.reference = network.features(images[chosen]).float()
-        self.recent = collections.deque(maxlen=RECENT_BATCHES)
+        self.reference = network.features(images[chosen]).float()
+        self.recent = deque(maxlen=RECENT_BATCHES)
 
     def distance(self, images):
-        """A scalar, differentiable in images (N, 1, 28, 28), whose features join the bank."""
+        """A scalar, differentiable in images (N, 1, 28, 28), which join the bank."""
         features = self.network.features(images).float()
         bank = torch.cat([features, *self.recent])
         self.recent.append(features.detach())
         distance = common.frechet_distance_torch(bank, self.reference)
         distance = distance / self.reference.var(0).sum()
-        # only the newest batch, an eighth of the bank, depends on the generator: make up for that
-        batches = len(bank) / len(features)
-        distance.register_hook(lambda gradient: batches * gradient)
+        # only the newest batch, an eighth of the bank, has a gradient: make up for that
+        distance.register_hook(lambda gradient: len(bank) / len(features) * gradient)
         return distance
 
 
 def loss_term(term, networks, bank, images, latent, labels, wanted):
-    """One term of a variant's loss, a scalar, of images (N, 1, 28, 28) that the generator drew from
-    latent (N, latent), labels (N,), to be taken for the classes wanted (N,)."""
+    """One term of a variant's loss, a scalar, for images (N, 1, 28, 28) drawn from latent
+    (N, latent) and labels (N,), to be taken for the classes wanted (N,)."""
     match term:
         case "critic":
             return -networks.critic(images)[0].mean()
@@ -362,8 +356,7 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
         case "frechet":
             return bank.distance(images)
         case "euclidean" | "noisy euclidean":
-            with torch.no_grad():
-                original = networks.original(latent, labels).float()
+            original = networks.original(latent, labels).float()
             if term == "noisy euclidean":  # as in AT-GAN's equation 5
                 original = original + 0.1 * torch.randn_like(original)
             return (images - original).square().flatten(1).sum(1).mean()
@@ -374,16 +367,13 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
 
 
 def train(name, args, networks, images, labels):
-    """Train a variant's generator on real images (N, 1, 28, 28) in [0, 1] of labels (N,) int64.
+    """Train a variant's generator beside real images (N, 1, 28, 28) in [0, 1], labels (N,) int64.
     Returns it, frozen, and its history: the terms of every 50th step."""
     variant, device, began = VARIANTS[name], images.device, time.time()
     steps, size = variant.rounds * args.steps, args.batch_size
-    bf16 = common.has_bf16(device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     torch.manual_seed(args.seed)
     generator = new_generator(name, args, networks)
-    moving = [weight for weight in generator.parameters() if weight.requires_grad]
-    adam = torch.optim.Adam(moving, variant.rate, variant.betas)
+    adam = torch.optim.Adam(generator.parameters(), variant.rate, variant.betas)
     if variant.critic_trains:
         networks = networks._replace(critic=copy.deepcopy(networks.critic).requires_grad_(True))
         critic_adam = torch.optim.Adam(networks.critic.parameters(), CRITIC_RATE, (0.0, 0.99))
@@ -397,20 +387,20 @@ def train(name, args, networks, images, labels):
         latent = torch.randn(size, generator.latent, device=device)
         asked = torch.randint(CLASSES, (size,), device=device)
         wanted = wanted_class(asked, variant, args)
-        with autocast():
+        with autocast(device):
             drawn = generator(latent, asked).float()
         if variant.critic_trains:
             chosen = torch.randint(len(images), (size,), device=device)
             real = (images[chosen], labels[chosen])
-            with autocast():
+            with autocast(device):
                 loss, _ = acwgan.critic_loss(networks.critic, *real, drawn.detach(), share=0.5)
             critic_adam.zero_grad()
             loss.backward()
             critic_adam.step()
         # a context of its own: that above keeps bfloat16 weights from before the critic's step
-        with autocast():
-            batch = (drawn, latent, asked, wanted)
-            terms = {term: loss_term(term, networks, bank, *batch) for term in weights}
+        with autocast(device):
+            batch = networks, bank, drawn, latent, asked, wanted
+            terms = {term: loss_term(term, *batch) for term in weights}
         loss = sum(weight * terms[term] for term, weight in weights.items())
         if not loss.isfinite():
             raise common.Failure(f"{name}: the loss is not a number; lower its rate in VARIANTS")
@@ -424,24 +414,6 @@ def train(name, args, networks, images, labels):
     return generator.eval().requires_grad_(False), history
 
 
-def finished(name, args, networks, made, kept, images, labels):
-    """A variant's generator, frozen: out of the checkpoint `kept`, or trained and saved."""
-    path = args.out / f"generator-{name}.pt"
-    if kept:
-        generator = new_generator(name, args, networks)
-        with common.advise(path, ANEW):
-            generator.load_state_dict(kept["generator"])
-        return generator.eval().requires_grad_(False)
-    generator, history = train(name, args, networks, images, labels)
-    if history:
-        acwgan.write_history(args.out / f"history-{name}.csv", history)
-    flags = {flag: value for flag, value in vars(args).items() if flag not in ONE_RUN}
-    flags |= {"data": str(args.data), "generator": str(args.generator)}
-    content = {"kind": "transfer", "settings": made, "flags": flags}
-    common.save_checkpoint(path, content | {"generator": generator.state_dict()})
-    return generator
-
-
 def classify(network, images):
     """The classes (N,) int64 that `network` reads from images (N, 1, 28, 28)."""
     return acwgan.predict(network, images).argmax(1)
@@ -453,22 +425,20 @@ def measure(images, original, asked, wanted, networks, test_images):
     counts = asked != wanted
     predicted, other = (classify(x, images) for x in (networks.target, networks.other_target))
     judge, pgd_judge = (classify(x, images) for x in (networks.judge, networks.pgd_judge))
-    fooled, change = predicted == wanted, (images - original).flatten(1)[counts]
-
-    def rate(hits):
-        return common.wilson((hits & counts).sum(), counts.sum())
-
-    return predicted, {
-        "target_fooled": rate(fooled),
-        "judge_reads_y": rate(judge == asked),
-        "pgd_judge_reads_y": rate(pgd_judge == asked),
-        "both": rate(fooled & (judge == asked)),
-        "both_by_pgd_judge": rate(fooled & (pgd_judge == asked)),
-        "other_fooled": rate(other == wanted),
-        "frechet": acwgan.reader_distance(networks.reader, images, test_images),
-        "l2": change.norm(dim=1).mean().item(),
-        "linf": change.abs().amax(1).mean().item(),
+    fooled = predicted == wanted
+    hits = {
+        "target_fooled": fooled,
+        "judge_reads_y": judge == asked,
+        "pgd_judge_reads_y": pgd_judge == asked,
+        "both": fooled & (judge == asked),
+        "both_by_pgd_judge": fooled & (pgd_judge == asked),
+        "other_fooled": other == wanted,
     }
+    row = {name: common.wilson(hit[counts].sum(), counts.sum()) for name, hit in hits.items()}
+    row["frechet"] = acwgan.reader_distance(networks.reader, images, test_images)
+    change = (images - original).flatten(1)[counts]
+    row |= {"l2": change.norm(dim=1).mean().item(), "linf": change.abs().amax(1).mean().item()}
+    return predicted, row
 
 
 def timed(make, *args):
@@ -479,17 +449,8 @@ def timed(make, *args):
     return images, len(images) / (time.perf_counter() - began)
 
 
-COLUMNS = {  # of the table
-    "fooled": "target_fooled",
-    "judge": "judge_reads_y",
-    "both": "both",
-    "pgd judge": "pgd_judge_reads_y",
-    "both ": "both_by_pgd_judge",
-    "L2": "l2",
-    "over C&W": "l2_over_cw",
-    "L-inf": "linf",
-    "digits/s": "digits_per_second",
-}
+# attack, and on how many of the original's digits, the first
+ATTACKS = {"pgd": (functools.partial(pgd, sign=-1), 1000), "carlini-wagner": (carlini_wagner, 200)}
 FIGURES = {
     "synthetic-adversarial-framework.png": ("original", "scratch", "scratch-live"),
     "synthetic-adversarial-framework-with-fid.png": [x for x in VARIANTS if "scratch" not in x],
@@ -497,21 +458,43 @@ FIGURES = {
 CLOSEST = ("ours-gradient", "ours-no-gradient", "carlini-wagner")
 
 
-# attack, and on how many of the original's digits, the first
-ATTACKS = {"pgd": (functools.partial(pgd, sign=-1), 1000), "carlini-wagner": (carlini_wagner, 200)}
-
-
-def save_figure(path, lines):
-    """Write lines of ten digits, (name, images (10, 1, 28, 28) in [0, 1]), as PNG, named."""
+def page_of(lines):
+    """A picture of lines of ten digits, (name, images (10, 1, 28, 28) in [0, 1])."""
     digits = torch.cat([images for _, images in lines]).cpu()
-    page = to_pil_image(torchvision.utils.make_grid(digits, 10, pad_value=0.3))
-    height = 780 * page.height // page.width
-    figure = Image.new("RGB", (900, height), "white")
-    figure.paste(page.resize((780, height), Image.BICUBIC), (120, 0))
-    pen = ImageDraw.Draw(figure)
+    grid = to_pil_image(torchvision.utils.make_grid(digits, 10, pad_value=0.3))
+    grid = grid.resize((780, 780 * grid.height // grid.width), Image.BICUBIC)
+    page = ImageOps.expand(grid, (120, 0, 0, 0), "white")
+    ink = ImageDraw.Draw(page)
     for i, (name, _) in enumerate(lines):
-        pen.text((4, (i + 0.5) * height / len(lines)), name, "black", anchor="lm")
-    common.write_file(path, lambda file: figure.save(file, "png"))
+        ink.text((4, (i + 0.5) * page.height / len(lines)), name, "black", anchor="lm")
+    return page
+
+
+def report(out, rows, drawn):
+    """Print the table of the rows; write the figures of their digits, the first ten, into `out`."""
+    print("% of digits; wanted: y + 1, or --target; scratch, scratch-live: 7, of a random target")
+    head = "fooled", "judge", "both", "pgd judge", "both", "L2", "over C&W", "L-inf", "digits/s"
+    keys = ["target_fooled", "judge_reads_y", "both", "pgd_judge_reads_y", "both_by_pgd_judge"]
+    keys += ["l2", "l2_over_cw", "linf", "digits_per_second"]
+    lines = []
+    for name, row in rows.items():
+        cells = (100 * row[x]["rate"] if isinstance(row[x], dict) else row[x] for x in keys)
+        lines.append([name, *(f"{x:.4g}" for x in cells)])
+    common.print_table(["variant", *head], lines)
+    digits, pages, points = {name: x[:10] for name, x in drawn.items()}, {}, {}
+    for path, names in FIGURES.items():
+        pages[path] = page_of([(name, digits[name]) for name in names if name in digits])
+    lines = [("original", digits["original"])]
+    for name in [name for name in CLOSEST if name in digits]:
+        change = (digits[name] - digits["original"] + 0.5).clamp(0, 1)
+        lines += [(name, digits[name]), ("its change", change)]
+    pages["closest.png"] = page_of(lines)
+    for name, row in rows.items():
+        read, fooled = (row[key]["rate"] for key in ("judge_reads_y", "target_fooled"))
+        points[f"{name}, L2 {row['l2']:.1f}"] = [read], [fooled]
+    pages["scatter.png"] = acwgan.plot("target fooled", "judge reads y", points, joined=False)
+    for path, page in pages.items():
+        common.write_file(out / path, functools.partial(page.save, format="png"))
 
 
 def main(argv=None):
@@ -523,19 +506,20 @@ def main(argv=None):
     dataset, images, labels = common.load_digits(week1["dataset"], args.data, True, args.limit)
     test = common.load_digits(dataset, args.data, False, args.samples)[1:]
     images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, *test))
-    original, critic = original.to(device), critic.to(device)
     facts = {"dataset": dataset, "dataset_size": len(images)}
-    shared = {"week_1": week1["weights"], **facts, **{flag: vars(args)[flag] for flag in SHAPING}}
-    made, kept = {}, {}
-    for name in args.variant:  # other settings in --out are refused before any training
-        made[name] = shared | VARIANTS[name]._asdict()
-        path = args.out / f"generator-{name}.pt"
+    flags = {flag: value for flag, value in vars(args).items() if flag not in ONE_RUN}
+    flags |= {"data": str(args.data), "generator": str(args.generator)}
+    shared = {"week_1": week1["weights"], **facts, **{flag: flags[flag] for flag in SHAPING}}
+    made = {name: shared | VARIANTS[name]._asdict() for name in args.variant}
+    paths = {name: args.out / f"generator-{name}.pt" for name in args.variant}
+    kept = {}
+    for name, path in paths.items():  # other settings in --out are refused before any training
         kept[name] = acwgan.starting_point(path, "transfer", made[name], args)
-    digits = (args.out, dataset, images, labels)
+    digits = args.out, dataset, images, labels
     reader, trained = acwgan.digit_reader(*digits), {x: classifier(x, *digits) for x in CLASSIFIERS}
     torch.manual_seed(7)
     random_target = model_a().to(device).eval().requires_grad_(False)
-    networks = Networks(original, critic, reader, random_target, **trained)
+    networks = Networks(original.to(device), critic.to(device), reader, random_target, **trained)
     right = {}
     for name, network in trained.items():
         right[name] = classify(network, test_images) == test_labels
@@ -550,17 +534,26 @@ def main(argv=None):
         variant = VARIANTS[name]
         wanted = wanted_class(asked, variant, args)
         attacked = networks._replace(target=getattr(networks, variant.attacked))
-        generator = finished(name, args, attacked, made[name], kept[name], images, labels)
+        if kept[name]:
+            generator = new_generator(name, args, attacked)
+            with common.advise(paths[name], ANEW):
+                generator.load_state_dict(kept[name]["generator"])
+            generator.eval().requires_grad_(False)
+        else:
+            generator, history = train(name, args, attacked, images, labels)
+            if history:
+                acwgan.write_history(args.out / f"history-{name}.csv", history)
+            content = {"kind": "transfer", "settings": made[name], "flags": flags}
+            common.save_checkpoint(paths[name], content | {"generator": generator.state_dict()})
         drawn[name], speed = timed(acwgan.generate, generator, asked, args.seed)
-        pair = (drawn[name], drawn["original"])
+        pair = drawn[name], drawn["original"]
         predicted, row = measure(*pair, asked, wanted, attacked, test_images)
         rows[name] = {"change": variant.change, **row, "digits_per_second": speed}
         pixels = (drawn[name][:, 0] * 255).round().byte()
         arrays = {"images": pixels, "labels": asked, "target": wanted, "predicted": predicted}
-        arrays = {key: array.cpu().numpy() for key, array in arrays.items()}
+        arrays = {key: x.cpu() for key, x in arrays.items()}
         save = functools.partial(np.savez_compressed, **arrays)
         common.write_file(args.out / f"samples-{name}.npz", save)
-
     wanted = wanted_class(asked, VARIANTS["original"], args)
     for name, (attack, n) in ATTACKS.items():
         start, goal = drawn["original"][:n], wanted[:n]
@@ -568,32 +561,12 @@ def main(argv=None):
         drawn[name] = (moved * 255).round() / 255
         _, row = measure(drawn[name], start, asked[:n], goal, networks, test_images)
         rows[name] = row | {"digits_per_second": speed}
-    floor = rows["carlini-wagner"]["l2"]
-    same = (asked != wanted)[: len(drawn["carlini-wagner"])].nonzero()[:, 0]
+    floor, n = rows["carlini-wagner"]["l2"], len(drawn["carlini-wagner"])
+    same = asked[:n] != wanted[:n]
     for name, row in rows.items():
-        change = (drawn[name][same] - drawn["original"][same]).flatten(1)
+        change = (drawn[name][:n] - drawn["original"][:n])[same].flatten(1)
         row["l2_over_cw"] = change.norm(dim=1).mean().item() / max(floor, 1e-9)
-    print("% of digits; wanted: y + 1, or --target; scratch, scratch-live: 7, of a random target")
-    lines = []
-    for name, row in rows.items():
-        cells = (row[key] for key in COLUMNS.values())
-        cells = (100 * x["rate"] if isinstance(x, dict) else x for x in cells)
-        lines.append([name, *(f"{x:.4g}" for x in cells)])
-    common.print_table(["variant", *COLUMNS], lines)
-    for figure, names in FIGURES.items():
-        lines = [(name, drawn[name][:10]) for name in names if name in drawn]
-        save_figure(args.out / figure, lines)
-    first, lines = drawn["original"][:10], [("original", drawn["original"][:10])]
-    for name in [name for name in CLOSEST if name in drawn]:
-        change = (drawn[name][:10] - first + 0.5).clamp(0, 1)
-        lines += [(name, drawn[name][:10]), ("its change", change)]
-    save_figure(args.out / "closest.png", lines)
-    points = {}
-    for name, row in rows.items():
-        read, fooled = (row[key]["rate"] for key in ("judge_reads_y", "target_fooled"))
-        points[f"{name}, L2 {row['l2']:.1f}"] = [read], [fooled]
-    page = acwgan.plot("target fooled", "judge reads y", points, joined=False)
-    common.write_file(args.out / "scatter.png", lambda file: page.save(file, "png"))
+    report(args.out, rows, drawn)
     facts |= {"device": str(device), "accuracy": accuracy}
     return common.write_results(args, {"rows": rows}, **facts)
 
