@@ -112,7 +112,8 @@ def settings(argv=None):
     args.batch_size = args.batch_size or batch_size
     args.direction = args.direction or ("on" if args.week else "flip")
     run = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
-    run = f"image-{args.image.stem}" if args.image else f"{run}-{args.dataset or args.kind}"
+    subject = "digits" if args.kind == "digits" else args.dataset or args.kind
+    run = f"image-{args.image.stem}" if args.image else f"{run}-{subject}"
     args.out = args.out or Path("runs/pgd_attack", run)
     return args
 
