@@ -375,7 +375,7 @@ def frechet(features, images, test_images):
 
 
 def reader_distance(reader, images, test_images):
-    """The Frechet distance of weeks 1 and 2, in the reader's features; it is not FID."""
+    """The Frechet distance in the reader's features; it is not FID."""
     return frechet(lambda x: predict(reader.features, x).cpu().numpy(), images, test_images)
 
 
@@ -403,14 +403,13 @@ def measure(training, args, reader, images, labels, test_images, test_labels):
         "reader_frechet_distance": distance,
         "reader_frechet_distance_floor": floor,
         "reader_frechet_distance_over_floor": distance / floor,
-        "reader_frechet_distance_equal_classes": reader_distance(reader, samples, test_images),
     }
 
 
-def save_samples(path, images, labels):
-    """Write images (N, 1, 28, 28) in [0, 1] as uint8 (N, 28, 28), and labels (N,) int64."""
-    pixels = (images[:, 0] * 255).round().byte().cpu().numpy()
-    arrays = {"images": pixels, "labels": labels.cpu().numpy()}
+def save_samples(path, images, labels, **more):
+    """Write images (N, 1, 28, 28) in [0, 1] as uint8 (N, 28, 28), labels and more (N,) int64."""
+    arrays = {"images": (images[:, 0] * 255).round().byte(), "labels": labels, **more}
+    arrays = {name: x.cpu().numpy() for name, x in arrays.items()}
     common.write_file(path, lambda file: np.savez_compressed(file, **arrays))
 
 

@@ -262,7 +262,6 @@ WEEK_5 = (
     Row("bce", "bce", 0.3),
     Row("softmax-ce pinned", "softmax-ce", 0.3, PINNED),
     Row("softmax-ce", "softmax-ce", 0.3),
-    Row("no attack", None, 0),
 )
 WHEN = "actual", "before", "after"
 COUNTS = [f"{what}_{when}" for what in ("target", "labels") for when in WHEN]
@@ -398,9 +397,12 @@ class TopClass(NamedTuple):
         """`row`'s attack on images (N, C, S, S) of logits (N, L): images."""
         targets = torch.full((len(images),), self.target, device=images.device)
         if row.loss == "class":
-            loss = functools.partial(F.cross_entropy, reduction="none")
-            how = row.eps, row.alpha, row.steps, False, lambda *x: transfer.lead(*x) > LEAD
-            return pgd(network, images, targets, loss, *how)
+
+            def leads(logits, targets):
+                return transfer.lead(logits, targets) > LEAD
+
+            how = functools.partial(F.cross_entropy, reduction="none"), row.eps, row.alpha
+            return pgd(network, images, targets, *how, row.steps, early_stop=leads)
         wanted = F.one_hot(targets, logits.shape[1]).float()
         if row.loss == "raw logits":  # the log's fault: a logit of 8 weighs 8 times the target
             wanted = logits.clone()
@@ -448,7 +450,7 @@ def over_batches(network, images, attacks, args, device, rank, world):
     attacks every `world`-th batch; batches and random numbers are always the same.
     """
     batches = torch.arange(len(images)).split(args.batch_size)
-    mine, keep = range(rank, len(batches), world), max(args.save, 4)
+    mine, keep = range(rank, len(batches), world), max(args.save, 2)
     sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
     parts, bar = {}, common.progress(loader, "attacking", disable=rank > 0)
@@ -481,7 +483,7 @@ def figure(title, found, columns, goal):
     of which a change was asked come first; labels that came are green."""
     side, gap, top, font = 160, 12, 62, ImageFont.load_default(13)
     asked = goal.asked(found["before"][: len(found["clean", "pixels"])])
-    some = asked.sort(descending=True, stable=True).indices[:4].tolist()
+    some = asked.sort(descending=True, stable=True).indices[:2].tolist()
     logits = found | {"clean": found["before"]}
     words = {(i, name): goal.words(logits[name][i]) for i in some for name in columns}
     height = 2 * side + 16 + 16 * min(max(map(len, words.values())), 8)

@@ -553,7 +553,7 @@ def test_a_run_writes_what_it_promises_and_measures_what_its_numbers_say(small_r
     assert 0 <= wild.min() < wild.max() <= 1
     test_images, test_labels = common.glyphs(1000, 1)
     images, labels = (x[-(640 // 6) :] for x in common.glyphs(640))  # what the reader didn't learn
-    sets = {"": draw(labels) / 255, "_floor": images, "_equal_classes": draw(asked) / 255}
+    sets = {"": draw(labels) / 255, "_floor": images}
     truth = moments(reader.features(test_images).double().numpy())
     for name, x in sets.items():
         distance = common.frechet_distance(*moments(reader.features(x).double().numpy()), *truth)
@@ -769,9 +769,6 @@ def test_every_variant_writes_what_it_promises_drawn_by_the_generator_it_keeps(t
     assert numbers["dataset"] == json.loads((out / "results.json").read_text())["dataset"]
     for name in (*transfer.FIGURES, "closest.png", "scatter.png"):
         assert 400 < Image.open(out / name).width <= 900
-    reader = acwgan.digit_reader(out, "glyphs", *common.glyphs(16))
-    distance = acwgan.reader_distance(reader, drawn, common.glyphs(100, 1)[0])  # week 1's
-    assert rows["ours-gradient"]["frechet"] == pytest.approx(distance, rel=1e-6)
 
 
 def test_a_transfer_that_was_killed_resumes_to_the_same_table(transferred, tmp_path, capsys):
@@ -790,18 +787,16 @@ def test_a_transfer_that_was_killed_resumes_to_the_same_table(transferred, tmp_p
 
 
 def test_every_column_measures_what_its_name_says():
-    images, reader = common.glyphs(16)[0], acwgan.DigitReader().eval().requires_grad_(False)
-    asked, wanted = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1, 2, 3, 4, 4])
-    answers = {"target": [1, 2, 2, 4, 4], "other_target": [1, 1, 2, 3, 4], "judge": [0, 2, 2, 3, 4]}
-    answers["pgd_judge"] = [0, 2, 1, 1, 4]
+    images, asked, wanted = common.glyphs(5)[0], torch.arange(5), torch.tensor([1, 2, 3, 4, 4])
+    answers = {"target": [1, 2, 2, 4, 4], "judge": [0, 2, 2, 3, 4], "pgd_judge": [0, 2, 1, 1, 4]}
     logits = {role: F.one_hot(torch.tensor(answer), 10) for role, answer in answers.items()}
     answers = {role: Mock(return_value=x) for role, x in logits.items()}
-    roles = dict.fromkeys(transfer.Networks._fields) | answers | {"reader": reader}
-    moved, networks = images[:5].clone(), transfer.Networks(**roles)
+    roles = dict.fromkeys(transfer.Networks._fields) | answers
+    moved, networks = images.clone(), transfer.Networks(**roles)
     moved[:, :, 0, 0] += 0.5
-    predicted, row = transfer.measure(moved, images[:5], asked, wanted, networks, images)
+    predicted, row = transfer.measure(moved, images, asked, wanted, networks)
     assert predicted.tolist() == [1, 2, 2, 4, 4]
-    hits = {"target_fooled": 3, "judge_reads_y": 3, "both": 2, "other_fooled": 1}
+    hits = {"target_fooled": 3, "judge_reads_y": 3, "both": 2}
     hits |= {"pgd_judge_reads_y": 1, "both_by_pgd_judge": 1}
     for name, n in hits.items():
         assert row[name] == common.wilson(n, 4), name  # the fifth image is asked for what is wanted
@@ -816,7 +811,7 @@ def networks(small_run):
     made = {role: make() for role, (make, *_) in transfer.CLASSIFIERS.items()}
     made["random_target"] = transfer.model_a()
     made = {role: network.eval().requires_grad_(False) for role, network in made.items()}
-    return transfer.Networks(original, critic, reader=None, **made)
+    return transfer.Networks(original, critic, **made)
 
 
 def term(name, networks, images):
@@ -995,7 +990,7 @@ def test_judges_differ_and_a_change_of_plan_trains_a_classifier_anew(tmp_path, m
 def test_a_generator_that_does_not_fit_is_refused_with_its_remedy(small_run, tmp_path, capsys):
     content, path = torch.load(small_run[0] / "checkpoint.pt"), tmp_path / "changed.pt"
     large = content | {"settings": content["settings"] | {"image_size": 64}}
-    with refused(path, "python acwgan.py --out", code=2):
+    with refused(path, "python acwgan.py --out"):
         transfer.load_generator(path, "auto")
     for change, dataset, code, word in (
         (content, "mnist", 2, "glyphs"),
@@ -1563,7 +1558,7 @@ def test_the_rows_of_weeks_3_and_5_are_those_on_record():
     week3 = {(x, g, 0.6) for x in ("softmax-ce", "bce") for g in both}
     week5 = {(x, g, 0.3) for x in ("softmax-ce", "bce", "softmax-bce") for g in both}
     week3 |= {(None, "right", 80 / 255)}
-    week5 |= {(None, "right", 0.3), (None, "right", 0)}
+    week5 |= {(None, "right", 0.3)}
     for rows, record in ((pgd_attack.WEEK_3, week3), (pgd_attack.WEEK_5, week5)):
         assert {(row.loss, row.gradient, row.eps) for row in rows} == record
         assert {(row.alpha, row.steps, row.restarts) for row in rows} == {(2 / 255, 40, None)}
@@ -1581,7 +1576,7 @@ def test_the_figure_shows_each_attacks_own_labels_of_images_asked_first(monkeypa
     pgd_attack.figure("title", found, columns, pgd_attack.Labels(list("0123"), 1, "on", 0.5))
     for (x, _), words, *_ in (call.args for call in text.call_args_list):
         drawn.setdefault(x, []).append(words.partition(" ")[0])
-    labels = [["title", "clean", *"3333"], ["a", *"12121212"], ["b", *"2222"]]
+    labels = [["title", "clean", *"33"], ["a", *"1212"], ["b", *"22"]]
     assert [drawn[x] for x in sorted(drawn)] == labels
 
 
@@ -1614,7 +1609,8 @@ def test_an_attack_writes_what_it_promises(attackable, few, tmp_path, capsys, mo
     names |= {"bars.png"} if week else set()
     assert {path.name for path in tmp_path.iterdir()} == names
     width, height = Image.open(tmp_path / "pgd-attack-on-asl.png").size
-    assert width <= 900 < 4 * 300 < height
+    assert width <= 900
+    assert height > 2 * 300
     file = {name: torch.from_numpy(x) for name, x in np.load(tmp_path / "adversarial.npz").items()}
     network = asl_model.load_asl(attackable[5])[0]
     scenes = common.load_scenes(6, 32, 0, "mnist", few, "test")[0]
@@ -1627,7 +1623,7 @@ def test_an_attack_writes_what_it_promises(attackable, few, tmp_path, capsys, mo
     assert difference(network(file["adversarial"] / 255), file["after"]) < 0.05
     if week == 5:
         assert results["softmax-bce"]["l2"] != results["softmax-bce pinned"]["l2"]
-        assert results["no attack"]["linf"] == 0
+        assert results["noise"]["linf"] == pytest.approx(0.3, abs=0.01)
     if week is None:
         pinned = pgd_attack.main([*flags, "--gradient", pgd_attack.PINNED])["rows"]["scenes"]
         assert pinned["margin"]["l2"] != ours["l2"]
@@ -1737,7 +1733,7 @@ def test_a_network_of_ones_own_is_attacked_on_its_photos(few, tmp_path):
     (tmp_path / "mine.py").write_text(OWN.replace("NAMES", repr(names)))
     flags = flags_of(few, tmp_path / "o", "--steps", 4, "--target", names[0], "--week", 5)
     rows = pgd_attack.main([*flags, "--model", f"{tmp_path / 'mine.py'}:load"])["rows"]["coco"]
-    assert len(rows) == 9
+    assert len(rows) == 8
     assert rows["margin"]["target_actual"] == 1, "the labels' order is the network's"
     assert (tmp_path / "o" / "pgd-attack-on-mine.png").exists()
     cases = [("none.py:load", "none.py", 1), ("mine.py:other", "other", 1)]

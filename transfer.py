@@ -3,8 +3,8 @@
 Approach 1 trained a new generator against a finished critic, an auxiliary and a target classifier;
 its samples "remained just noise images". Approach 2 retrained week 1's generator, as AT-GAN does
 (Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID as the distance; the digits degraded. This
-script repeats both as they were run, changes one thing a row, and ends at digits that the target
-takes for the next class, and judges for their own.
+script repeats both losses, varies them row by row, and ends at digits that the target takes for the
+next class, and judges for their own.
 
     python acwgan.py && python transfer.py          week 1's generator, then every row
     python transfer.py --variant ours-no-gradient   one row, or several
@@ -23,7 +23,6 @@ from collections import deque, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -75,7 +74,6 @@ VARIANTS = {
 # fmt: on
 ANEW = "delete it, and it is trained anew"
 CRITIC_RATE = 1e-3  # Adam's step size for the critic that trains, too
-RECENT_BATCHES = 7  # whose features stand beside the newest batch's in a Frechet distance
 SHAPING = ("seed", "steps", "batch_size", "target")  # flags: of every training
 ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not restore
 
@@ -191,8 +189,6 @@ def load_generator(path, dataset):
     """Week 1's generator and critic, frozen, and their settings, with a hash as "weights". Raises
     Failure if they are not of `dataset`, unless that is auto, or don't fit."""
     advice = f"make one with: python acwgan.py --out {path.parent}"
-    if not path.exists():
-        raise common.Failure(f"there is no generator at {path}; {advice}", 2)
     checkpoint = common.load_checkpoint(path, "acwgan", advice)
     with common.advise(f"{path} does not fit", advice):
         made, steps = dict(checkpoint["settings"]), checkpoint["steps"]
@@ -283,9 +279,8 @@ def smallest(network, images, moved, wanted, start, margin=0.5, steps=2):
     change, share = moved - images, torch.ones_like(images[:, :1, :1, :1])
     for _ in range(steps):
         ahead = lead(network((images + share * change).clamp(0, 1)), wanted)
-        # 0 / 0 where the class leads by the margin already and nothing moves: no change
-        factor = ((margin - start) / (ahead - start)).nan_to_num(0).clamp(0, 1.3)
-        share = share * factor.view_as(share)
+        factor = ((margin - start) / (ahead - start)).nan_to_num(0)  # 0 / 0: nothing is needed
+        share = share * factor.clamp(0, 1.3).view_as(share)
     return (images + share * change).clamp(0, 1)
 
 
@@ -297,8 +292,6 @@ ONE_STEP = {"steps": 1, "alpha": 0.375, "noise": 0.3}
 THREE_STEPS = {"steps": 3, "alpha": 0.15, "noise": 0.3}
 CLASSIFIERS = {  # network, seed, arguments of `acwgan.train_classifier`, of `pgd` if adversarial
     "target": (model_a, 1, {"epochs": 4, "rate": 1e-3, "shift": 0}, {}),  # it is attacked
-    # it is not: do the digits transfer?
-    "other_target": (JUDGE, 2, {"epochs": 3, "rate": 3e-3, "shift": 2}, {}),
     "auxiliary": (AUXILIARY, 3, {"epochs": 3, "rate": 3e-3, "shift": 2}, {}),
     "robust_auxiliary": (AUXILIARY, 4, {"epochs": 4, "rate": 3e-3, "shift": 0}, ONE_STEP),
     # two stand in for an eye, in no loss, of other architectures and trainings
@@ -306,7 +299,7 @@ CLASSIFIERS = {  # network, seed, arguments of `acwgan.train_classifier`, of `pg
     "pgd_judge": (PGD_JUDGE, 6, {"epochs": 5, "rate": 5e-3, "shift": 0}, THREE_STEPS),
 }
 # what a generator is trained against and measured with, all frozen
-Networks = namedtuple("Networks", ("original", "critic", "reader", "random_target", *CLASSIFIERS))
+Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
 
 
 def classifier(name, out, dataset, images, labels):
@@ -323,13 +316,13 @@ def classifier(name, out, dataset, images, labels):
 
 class FeatureBank:
     """The Frechet distance of generated to real digits in a classifier's features, over the total
-    variance of the real ones. A batch is too few for a covariance: recent ones join it."""
+    variance of the real ones. A batch is too few for a covariance: the last seven join it."""
 
     def __init__(self, network, images):
         self.network, rng = network, torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(images), generator=rng)[:2048].to(images.device)
         self.reference = network.features(images[chosen]).float()
-        self.recent = deque(maxlen=RECENT_BATCHES)
+        self.recent = deque(maxlen=7)
 
     def distance(self, images):
         """A scalar, differentiable in images (N, 1, 28, 28), which join the bank."""
@@ -419,12 +412,12 @@ def classify(network, images):
     return acwgan.predict(network, images).argmax(1)
 
 
-def measure(images, original, asked, wanted, networks, test_images):
+def measure(images, original, asked, wanted, networks):
     """The classes (N,) that the target reads from images (N, 1, 28, 28), and their row's numbers,
     without images asked for the wanted class. original: week 1's images of the same (z, y)."""
     counts = asked != wanted
-    predicted, other = (classify(x, images) for x in (networks.target, networks.other_target))
-    judge, pgd_judge = (classify(x, images) for x in (networks.judge, networks.pgd_judge))
+    readers = networks.target, networks.judge, networks.pgd_judge
+    predicted, judge, pgd_judge = (classify(network, images) for network in readers)
     fooled = predicted == wanted
     hits = {
         "target_fooled": fooled,
@@ -432,10 +425,8 @@ def measure(images, original, asked, wanted, networks, test_images):
         "pgd_judge_reads_y": pgd_judge == asked,
         "both": fooled & (judge == asked),
         "both_by_pgd_judge": fooled & (pgd_judge == asked),
-        "other_fooled": other == wanted,
     }
     row = {name: common.wilson(hit[counts].sum(), counts.sum()) for name, hit in hits.items()}
-    row["frechet"] = acwgan.reader_distance(networks.reader, images, test_images)
     change = (images - original).flatten(1)[counts]
     row |= {"l2": change.norm(dim=1).mean().item(), "linf": change.abs().amax(1).mean().item()}
     return predicted, row
@@ -449,13 +440,11 @@ def timed(make, *args):
     return images, len(images) / (time.perf_counter() - began)
 
 
-# attack, and on how many of the original's digits, the first
 ATTACKS = {"pgd": (functools.partial(pgd, sign=-1), 1000), "carlini-wagner": (carlini_wagner, 200)}
 FIGURES = {
     "synthetic-adversarial-framework.png": ("original", "scratch", "scratch-live"),
     "synthetic-adversarial-framework-with-fid.png": [x for x in VARIANTS if "scratch" not in x],
 }
-CLOSEST = ("ours-gradient", "ours-no-gradient", "carlini-wagner")
 
 
 def page_of(lines):
@@ -485,7 +474,8 @@ def report(out, rows, drawn):
     for path, names in FIGURES.items():
         pages[path] = page_of([(name, digits[name]) for name in names if name in digits])
     lines = [("original", digits["original"])]
-    for name in [name for name in CLOSEST if name in digits]:
+    closest = "ours-gradient", "ours-no-gradient", "carlini-wagner"
+    for name in [name for name in closest if name in digits]:
         change = (digits[name] - digits["original"] + 0.5).clamp(0, 1)
         lines += [(name, digits[name]), ("its change", change)]
     pages["closest.png"] = page_of(lines)
@@ -515,11 +505,10 @@ def main(argv=None):
     kept = {}
     for name, path in paths.items():  # other settings in --out are refused before any training
         kept[name] = acwgan.starting_point(path, "transfer", made[name], args)
-    digits = args.out, dataset, images, labels
-    reader, trained = acwgan.digit_reader(*digits), {x: classifier(x, *digits) for x in CLASSIFIERS}
+    trained = {x: classifier(x, args.out, dataset, images, labels) for x in CLASSIFIERS}
     torch.manual_seed(7)
     random_target = model_a().to(device).eval().requires_grad_(False)
-    networks = Networks(original.to(device), critic.to(device), reader, random_target, **trained)
+    networks = Networks(original.to(device), critic.to(device), random_target, **trained)
     right = {}
     for name, network in trained.items():
         right[name] = classify(network, test_images) == test_labels
@@ -546,20 +535,16 @@ def main(argv=None):
             content = {"kind": "transfer", "settings": made[name], "flags": flags}
             common.save_checkpoint(paths[name], content | {"generator": generator.state_dict()})
         drawn[name], speed = timed(acwgan.generate, generator, asked, args.seed)
-        pair = drawn[name], drawn["original"]
-        predicted, row = measure(*pair, asked, wanted, attacked, test_images)
+        predicted, row = measure(drawn[name], drawn["original"], asked, wanted, attacked)
         rows[name] = {"change": variant.change, **row, "digits_per_second": speed}
-        pixels = (drawn[name][:, 0] * 255).round().byte()
-        arrays = {"images": pixels, "labels": asked, "target": wanted, "predicted": predicted}
-        arrays = {key: x.cpu() for key, x in arrays.items()}
-        save = functools.partial(np.savez_compressed, **arrays)
-        common.write_file(args.out / f"samples-{name}.npz", save)
+        goals = {"target": wanted, "predicted": predicted}
+        acwgan.save_samples(args.out / f"samples-{name}.npz", drawn[name], asked, **goals)
     wanted = wanted_class(asked, VARIANTS["original"], args)
     for name, (attack, n) in ATTACKS.items():
         start, goal = drawn["original"][:n], wanted[:n]
         moved, speed = timed(attack, networks.target, start, goal)
         drawn[name] = (moved * 255).round() / 255
-        _, row = measure(drawn[name], start, asked[:n], goal, networks, test_images)
+        _, row = measure(drawn[name], start, asked[:n], goal, networks)
         rows[name] = row | {"digits_per_second": speed}
     floor, n = rows["carlini-wagner"]["l2"], len(drawn["carlini-wagner"])
     same = asked[:n] != wanted[:n]
