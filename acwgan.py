@@ -35,7 +35,8 @@ SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
 ANEW = "choose another --out, or train anew with --force"
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+COLOURS = ("blue", "red", "green", "purple", "brown", "magenta", "grey", "olive", "orange", "teal")
+COLOURS += ("black",)
 
 
 def settings(argv=None):
@@ -442,8 +443,7 @@ def plot(y_label, x_label, series, joined=True):
             ink.line(points, colour, 2)
         for x, y in points:
             ink.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        where = (60, 50 + 15 * i) if joined else (points[0][0] + 6, points[0][1] - 6)
-        ink.text(where, name, colour, font)
+        ink.text((60, 70 + 15 * i), name, colour, font)
     return page
 
 
