@@ -35,8 +35,6 @@ SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
 ANEW = "choose another --out, or train anew with --force"
-COLOURS = ("blue", "red", "green", "purple", "brown", "magenta", "grey", "olive", "orange", "teal")
-COLOURS += ("black",)
 
 
 def settings(argv=None):
@@ -51,7 +49,6 @@ def settings(argv=None):
     add("--generator-lr", type=positive, default=4e-3, help="the same for the generator [1e-4]")
     add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes [none]")
     add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
-    add("--penalty", type=positive, default=10.0, help="gradient penalty's weight, lambda [10]")
     add("--penalty-share", type=positive, default=0.5, help="of the batch, for the penalty [1]")
     add("--latent", type=whole(11), default=74, help="generator inputs, the class's ten too [100]")
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="of the networks [64]")
@@ -152,18 +149,18 @@ class DigitReader(nn.Module):
         return self.head(self.features(images))
 
 
-def gradient_norms(critic, real, fake, rng=None):
+def gradient_norms(critic, real, fake):
     """||grad score(x)||_2, (N,), at x = u * real + (1 - u) * fake, and differentiable once more.
     `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W); one u ~ U(0, 1) each."""
-    u = torch.rand(len(real), 1, 1, 1, generator=rng).to(real.device)
+    u = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between)[0].sum(), between, create_graph=True)
     return gradient.flatten(1).norm(dim=1)
 
 
-def gradient_penalty(critic, real, fake, rng=None):
+def gradient_penalty(critic, real, fake):
     """Mean of (||grad score(x)||_2 - 1)^2, a scalar (Gulrajani et al. 2017, algorithm 1)."""
-    return (gradient_norms(critic, real, fake, rng) - 1).square().mean()
+    return (gradient_norms(critic, real, fake) - 1).square().mean()
 
 
 def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
@@ -247,7 +244,6 @@ def train(training, args, settings, images, labels, look):
     per_epoch = len(images) // args.batch_size
     total, done = args.epochs * per_epoch, training.done
     marks = {math.ceil(total * i / 10) for i in range(1, 11)}
-    penalty = args.penalty, args.penalty_share
     began, saved, order = time.time() - done["seconds"], time.time(), None
     steps = range(done["steps"], total)
     bar = common.progress(steps, "AC-WGAN-GP", total, initial=steps.start)
@@ -267,7 +263,7 @@ def train(training, args, settings, images, labels, look):
             with autocast(), torch.set_grad_enabled(repeat == args.critic_steps - 1):
                 fake = generator(z, y).float()
             with autocast():
-                loss, losses = critic_loss(critic, real, y, fake.detach(), *penalty)
+                loss, losses = critic_loss(critic, real, y, fake.detach(), share=args.penalty_share)
             training.critic_adam.zero_grad()
             loss.backward()
             training.critic_adam.step()
@@ -298,13 +294,18 @@ def train(training, args, settings, images, labels, look):
         saved = time.time()
 
 
+def in_parts(function, *tensors):
+    """function(*tensors), 100 rows at a time: a CPU's cache holds no more."""
+    parts = zip(*(x.split(100) for x in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
 @torch.no_grad()
 def generate(generator, labels, seed):
     """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, of the latents of `seed`."""
     rng = torch.Generator().manual_seed(seed)
     latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
-    parts = zip(latent.split(1000), labels.split(1000), strict=True)
-    images = resize(torch.cat([generator(z, y) for z, y in parts]), 28)
+    images = resize(in_parts(generator, latent, labels), 28)
     return (images * 255).round() / 255
 
 
@@ -363,21 +364,19 @@ def digit_reader(out, dataset, images, labels):
 
 @torch.no_grad()
 def predict(network, images):
-    """Logits or features of images (N, 1, 28, 28), 1,000 at a time."""
-    return torch.cat([network(part) for part in images.split(1000)])
+    """Logits or features of images (N, 1, 28, 28)."""
+    return in_parts(network, images)
 
 
-def frechet(features, images, test_images):
-    """The Frechet distance of images to test images in `features`: images -> (N, D) in NumPy."""
-    moments = []
-    for x in (features(images), features(test_images)):
-        moments += [x.mean(0, dtype=np.float64), np.cov(x, rowvar=False)]
-    return common.frechet_distance(*moments)
+def frechet(x, y):
+    """The Frechet distance of features x (N, D) to y (M, D), in NumPy."""
+    x, y = ((z.mean(0, dtype=np.float64), np.cov(z, rowvar=False)) for z in (x, y))
+    return common.frechet_distance(*x, *y)
 
 
-def reader_distance(reader, images, test_images):
-    """The Frechet distance in the reader's features; it is not FID."""
-    return frechet(lambda x: predict(reader.features, x).cpu().numpy(), images, test_images)
+def reader_distance(reader, *both):
+    """The Frechet distance of two sets of images in the reader's features; it is not FID."""
+    return frechet(*(predict(reader.features, images).cpu().numpy() for images in both))
 
 
 def measure(training, args, reader, images, labels, test_images, test_labels):
@@ -438,7 +437,7 @@ def plot(y_label, x_label, series, joined=True):
         ink.text((45, y), f"{share * top_y:.3g}", "black", font, "rm")
         ink.text((x, 286), f"{share * top_x:.3g}", "black", font, "mt")
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour, points = COLOURS[i % len(COLOURS)], [*map(place, xs, ys)]
+        colour, points = f"hsl({100 * i % 360}, 80%, 40%)", [*map(place, xs, ys)]
         if joined:
             ink.line(points, colour, 2)
         for x, y in points:
@@ -498,8 +497,8 @@ def main(argv=None):
     train(training, args, kept, images, labels, look)
     samples, numbers = measure(training, args, reader, images, labels, test_images, test_labels)
     if args.inception:
-        features = functools.partial(common.inception_features, weights=weights, device=device)
-        numbers["fid"] = frechet(features, samples, test_images)
+        both = (common.inception_features(x, weights, device) for x in (samples, test_images))
+        numbers["fid"] = frechet(*both)
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), numbers.items())
     numbers["curve"] = training.done["curve"]
     page = Image.new("RGB", (860, 330))

@@ -1,9 +1,8 @@
 """Weeks 3 to 5: the multi-label classifier that the log attacked.
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
-et al. 2020, arXiv 2009.14119). The published files give their logits here: the scale of an
-InPlace-ABN is |gamma| + eps, and photos are squashed to a square. The inplace_abn that ASL pinned
-gave attackers a wrong gradient, the likely cause of what the log saw: see `inplace_abn_1_0_12`.
+et al. 2020, arXiv 2009.14119). The inplace_abn that ASL pinned gave attackers a wrong gradient, the
+likely cause of what the log saw: see `inplace_abn_1_0_12`.
 
     python asl_model.py --image photo.jpg           the labels present, by the published TResNet-M
     python asl_model.py --evaluate --dataset coco   mAP, precision and recall
@@ -14,7 +13,6 @@ Writes into --out: results.json; with --train checkpoint.pt, history.csv (loss a
 network, <arch>-<dataset>.pth, which --weights takes.
 """
 
-import argparse
 import copy
 import difflib
 import math
@@ -48,8 +46,8 @@ ARCHITECTURES = {
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 DEFAULTS = {  # of --train
-    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3, "augment": False},
-    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3, "augment": True},
+    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3},
+    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3},
 }
 # what a checkpoint must match to be resumed or overwritten
 SHAPING = (*DEFAULTS["coco"], "dataset", "digits", "split", "limit", "image_size", "seed")
@@ -79,7 +77,6 @@ def settings(argv=None):
     add("--epochs", type=whole(1), help="passes over the images")
     add("--batch-size", type=whole(2), help="images per step [128]")
     add("--lr", type=positive, help="Adam's largest step size [1e-4]")
-    add("--augment", action=argparse.BooleanOptionalAction, help="by Cutout and RandAugment")
     args = p.parse_args(argv)
     if args.resume:
         path = args.out / "checkpoint.pt"
@@ -96,7 +93,7 @@ def settings(argv=None):
     for wrong, text in (
         (modes.count(True) != 1, "one of --image, --evaluate and --train is required"),
         (args.train and args.weights, "--weights goes with --image or --evaluate"),
-        (scenes and (args.split or args.augment), "--split and --augment go with --dataset coco"),
+        (scenes and args.split, "--split goes with --dataset coco"),
         (args.arch and not has_weights, f"no weights of {args.arch} are published; use --weights"),
         (args.threshold >= 1, "--threshold must lie below 1"),
         ((args.image_size or 4) % 4, "--image-size must be a multiple of 4"),
@@ -452,8 +449,8 @@ def training_batches(args, data, steps, total, device):
     for epoch in range(first_epoch, args.epochs):
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed + epoch))
         rows = [batch.tolist() for batch in order.split(args.batch_size)[done:per_epoch]]
-        images = augmented(photos, seed + epoch) if args.augment else photos
-        pairs, count = StackDataset(images, labels), workers(images, device)
+        images, count = augmented(photos, seed + epoch), workers(photos, device)
+        pairs = StackDataset(images, labels)
         yield from DataLoader(pairs, batch_sampler=rows, num_workers=count)
         done = 0
 
@@ -538,8 +535,8 @@ def train(args, device):
 
 
 def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
-    """(Network, class names, mAP on validation scenes, path) of the classifier of scenes in `out`,
-    trained, or resumed, where there is none. Failure for one of other settings."""
+    """(Network, class names, path) of the classifier of scenes in `out`, trained, or resumed, where
+    there is none. Failure for one of other settings."""
     flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
     args = settings([*flags, "--out", str(out), "--seed", str(seed)])
     args.resume = True  # if it was stopped
@@ -548,10 +545,9 @@ def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digi
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         common.make_folder(args.out)
         train(args, torch.device(device))
-    advice = "delete it, and it is trained anew"
-    mean_ap = acwgan.starting_point(path, None, shaping, args, advice)["mAP"]
+    acwgan.starting_point(path, None, shaping, args, "delete it, and it is trained anew")
     network, names = load_asl(path, args.arch)
-    return network.to(device), names, mean_ap, path
+    return network.to(device), names, path
 
 
 @torch.inference_mode()
@@ -563,23 +559,23 @@ def predict(network, images, device, batch=32):
 
 
 def average_precision(probabilities, labels):
-    """NumPy arrays (N, L) -> each class's AP (L,), 0 without positives, as in ASL."""
+    """NumPy arrays (N, L) -> the AP of each class that an image shows (ASL counts the others 0)."""
+    probabilities, labels = (x[:, labels.any(0)] for x in (probabilities, labels))
     order = np.argsort(-probabilities, axis=0, kind="stable")
     hits = np.take_along_axis(labels, order, 0) > 0
     precision = hits.cumsum(0) / np.arange(1, len(labels) + 1)[:, None]
-    return (precision * hits).sum(0) / np.maximum(hits.sum(0), 1)
+    return (precision * hits).sum(0) / hits.sum(0)
 
 
 def measure(probabilities, labels, threshold):
-    """The report's numbers, of NumPy arrays (N, L). A class of no image counts 0 in `mAP`, not in
-    `mAP_present`. OP, OR: of all labels predicted, or present, those right."""
+    """The report's numbers, of NumPy arrays (N, L). OP, OR: of all labels predicted, or present,
+    those right."""
     predicted, actual = probabilities > threshold, labels > 0
-    ap, right, present = average_precision(probabilities, labels), predicted & actual, actual.any(0)
+    ap, right = average_precision(probabilities, labels), predicted & actual
     return {
         "n": len(labels),
-        "classes_present": int(present.sum()),
+        "classes_present": len(ap),
         "mAP": float(ap.mean()),
-        "mAP_present": float(ap[present].mean()) if present.any() else 0.0,
         "OP": common.wilson(right.sum(), predicted.sum()),
         "OR": common.wilson(right.sum(), actual.sum()),
         "exact": common.wilson((predicted == actual).all(1).sum(), len(labels)),
