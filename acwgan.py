@@ -30,7 +30,7 @@ import common
 
 CLASSES = 10
 DOUBLINGS = {28: 1, 64: 2}  # of the side, by strided convolutions; a pixel shuffle does one more
-READER = {"seed": 1234, "epochs": 3, "rate": 4e-3, "shift": 2, "smoothing": 0.05}
+READER = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
 SAVE_EVERY = 60  # seconds between checkpoints
 NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
 MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
@@ -309,7 +309,7 @@ def generate(generator, labels, seed):
     return (images * 255).round() / 255
 
 
-def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothing, attack=None):
+def train_classifier(network, images, labels, seed, epochs, lr, shift=0, smoothing=0, attack=None):
     """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64, moved by up to `shift` pixels,
     or on attack(network, images, labels); few get more epochs. One cycle (Smith & Topin 2018)."""
     rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
@@ -318,7 +318,7 @@ def train_classifier(network, images, labels, seed, epochs, rate, shift, smoothi
     orders = [torch.randperm(len(images), generator=rng)[:used] for _ in range(epochs)]
     orders = torch.cat(orders).to(images.device).split(batch)
     adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, len(orders), pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, lr, len(orders), pct_start=0.2)
     bf16 = common.has_bf16(images.device)
     for order in common.progress(orders, type(network).__name__, unit="step"):
         dx, dy = torch.randint(2 * shift + 1, (2,), generator=rng)
@@ -437,7 +437,7 @@ def plot(y_label, x_label, series, joined=True):
         ink.text((45, y), f"{share * top_y:.3g}", "black", font, "rm")
         ink.text((x, 286), f"{share * top_x:.3g}", "black", font, "mt")
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour, points = f"hsl({100 * i % 360}, 80%, 40%)", [*map(place, xs, ys)]
+        colour, points = f"hsl({360 * i // len(series)}, 80%, 40%)", [*map(place, xs, ys)]
         if joined:
             ink.line(points, colour, 2)
         for x, y in points:

@@ -479,7 +479,7 @@ def train(args, device):
     torch.manual_seed(args.seed)
     network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(network.parameters(), args.lr, fused=device.type != "mps")
+    adam = torch.optim.Adam(network.parameters(), args.lr, fused=True)
     asl, bf16 = AsymmetricLoss(4, GAMMA_POS[args.dataset]), common.has_bf16(device)
     parts = {"network": network, "average": average, "adam": adam}
     weights, averages = (list(x.state_dict().values()) for x in (network, average))

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import nn
 
 import acwgan
@@ -1609,7 +1609,7 @@ def test_an_attack_writes_what_it_promises(attackable, few, tmp_path, capsys, mo
     for line in ("target: 3", "target actual", "target before", "labels after", "mAP"):
         assert line in out
     names = {"results.json", "adversarial.npz", "pgd-attack-on-asl.png"}
-    names |= {"scatter.png"} if week else set()
+    names |= {"bars.png"} if week else set()
     assert {path.name for path in tmp_path.iterdir()} == names
     width, height = Image.open(tmp_path / "pgd-attack-on-asl.png").size
     assert width <= 900
@@ -1836,13 +1836,17 @@ def test_imagenets_classes_are_in_the_files_or_the_folders_names(tmp_path):
         asl_model.load_imagenet(tmp_path / "none", ["tench"])
 
 
-def test_points_and_lines_are_drawn_in_proportion():
+def test_points_lines_and_bars_are_drawn_in_proportion():
     page = acwgan.plot("y", "x", {"a": ([0, 4], [0, 2]), "b": ([3], [1])})
     first, second = page.getpixel((400, 50)), page.getpixel((50 + 350 * 3 // 4, 165))
     assert first == page.getpixel((225, 165)) != second
     assert max(map(min, (first, second))) < 100 < min(map(max, (first, second)))
     alone = acwgan.plot("y", "x", {"a": ([0, 4], [0, 2])}, joined=False)
     assert (alone.getpixel((400, 50)), min(alone.getpixel((225, 165)))) == (first, 211)
+    rows = {"a": {"target_switched": {"rate": 0.5}, "others_lost": 0.25}}
+    for y, colour, length in ((20, "seagreen", 251), (36, "firebrick", 126)):
+        line = np.array(pgd_attack.bars(rows))[y]
+        assert (line == ImageColor.getrgb(colour)).all(1)[: 173 + length].sum() == length
 
 
 # --- the whole
