@@ -45,13 +45,12 @@ ARCHITECTURES = {
     "tresnet_xl": ((4, 5, 24, 3), 1.3, 640, "MS_COCO_TResNet_xl_640_88.4.pth"),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
-DEFAULTS = {  # of --train
-    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3},
-    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3},
+DEFAULTS = {  # of --train; gamma_pos is ASL's, coco's as in the log
+    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3, "gamma_pos": 1},
+    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3, "gamma_pos": 0},
 }
 # what a checkpoint must match to be resumed or overwritten
 SHAPING = (*DEFAULTS["coco"], "dataset", "digits", "split", "limit", "image_size", "seed")
-GAMMA_POS = {"scenes": 1, "coco": 0}  # ASL's focusing of the positives; coco's as in the log
 AVERAGE = 0.99  # decay per step of the averaged network [0.9997]
 EPOCH = 10_000  # new scenes in every epoch
 SAVE_EVERY = 60  # seconds between checkpoints
@@ -316,7 +315,7 @@ def own_network(spec):
 
 def torchvision_network(args):
     """(network of images in [0, 1], class names, mean, std) of one of torchvision's classifiers."""
-    label_index(args.model, ["asl", "digits", *models.list_models(models)], "models")
+    label_index(args.model, ["asl", "digits", *models.list_models(models)])
     published = models.get_model_weights(args.model).DEFAULT
     name, path = published.url.rpartition("/")[2], args.weights
     if path:
@@ -352,12 +351,12 @@ def load_imagenet(data_dir, class_names, limit=None):
     return paths, torch.tensor([unique.index(x) if x in unique else -1 for x in stems])
 
 
-def label_index(name, names, what="labels"):
+def label_index(name, names):
     """The place of `name` among `names`; Failure, with the nearest, if it is none."""
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
-    text = f"{name[:50]!r} is none of the {len(names)} {what}; the nearest: {', '.join(near)}"
+    text = f"{name[:50]!r} is none of the {len(names)} names; the nearest: {', '.join(near)}"
     raise common.Failure(text, 2)
 
 
@@ -383,7 +382,7 @@ class AsymmetricLoss(nn.Module):
         return -(positive + (1 - targets) * q**self.gamma_neg * log_1_q).sum()
 
 
-class augmented(Dataset):  # noqa: N801 - called as a function
+class Augmented(Dataset):
     """`photos`, items (3, S, S) float32 in [0, 1], through Cutout (arXiv 1708.04552), then
     RandAugment, as the log trained; the i-th is the same for a `seed`."""
 
@@ -449,7 +448,7 @@ def training_batches(args, data, steps, total, device):
     for epoch in range(first_epoch, args.epochs):
         order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed + epoch))
         rows = [batch.tolist() for batch in order.split(args.batch_size)[done:per_epoch]]
-        images, count = augmented(photos, seed + epoch), workers(photos, device)
+        images, count = Augmented(photos, seed + epoch), workers(photos, device)
         pairs = StackDataset(images, labels)
         yield from DataLoader(pairs, batch_sampler=rows, num_workers=count)
         done = 0
@@ -480,7 +479,7 @@ def train(args, device):
     network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), args.lr, fused=True)
-    asl, bf16 = AsymmetricLoss(4, GAMMA_POS[args.dataset]), common.has_bf16(device)
+    asl, bf16 = AsymmetricLoss(4, args.gamma_pos), common.has_bf16(device)
     parts = {"network": network, "average": average, "adam": adam}
     weights, averages = (list(x.state_dict().values()) for x in (network, average))
     done = {"steps": 0, "seconds": 0.0, "history": [], "best": None, "best_mAP": -1.0}

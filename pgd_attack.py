@@ -9,7 +9,6 @@ run with that gradient and the right one, beside noise and `margin`, which switc
     python pgd_attack.py                    margin on scenes of digits
     python pgd_attack.py --dataset coco --model asl --target person    COCO, published TResNet-M
     python pgd_attack.py --week 5           or 3: on scenes, or --dataset coco
-    python pgd_attack.py --week 5 --dataset coco --model my_network.py:load    your own network
     python pgd_attack.py --week 4           on digits; --model resnet18: on photos
     python pgd_attack.py --sweep            over eps, with controls
     python pgd_attack.py --image photo.jpg --target dog                one photo
@@ -157,7 +156,7 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
                 moved.requires_grad_()
                 logits = model(moved)
                 (gradient,) = torch.autograd.grad(loss(logits, targets).sum(), moved)
-            # looked at in the end: what is no number stays none, and a GPU need not wait
+            # looked at in the end, so that a GPU need not wait
             finite = logits.isfinite().all() & gradient.isfinite().all()
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)
@@ -590,7 +589,7 @@ def load_multi_label(args, device):
         how = network.image_size, split, names, limit, args.digits, args.seed
         images, truth, names, what = asl_model.load_data(args.dataset, args.data, *how)
     if args.augment:
-        images = asl_model.augmented(images, args.seed)
+        images = asl_model.Augmented(images, args.seed)
     target = asl_model.label_index(args.target, names)
     bf16 = args.kind == "asl" and common.has_bf16(device)
     goal = Labels(names, target, args.direction, args.threshold, bf16)
@@ -633,7 +632,7 @@ def main(argv=None):
     args = settings(argv)
     device = common.pick_device(args.device)
     common.make_folder(args.out)
-    rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=gpu)
@@ -684,16 +683,16 @@ def main(argv=None):
         pictures[photo] = to_pil_image(pixels[0])
         report_photo(network, pixels.to(device), found, goal, args.out / f"{photo}.png")
     for name, picture in pictures.items():
-        save = functools.partial(picture.save, format="png", optimize=True)
+        save = functools.partial(picture.save, format="png")
         common.write_file(args.out / f"{name}.png", save)
     arrays = {"clean": found["clean", "pixels"], "adversarial": found[last, "pixels"]}
     arrays |= {"before": found["before"], "after": found[last]}
     arrays = {key: x[: args.save] for key, x in arrays.items()}
     save = functools.partial(np.savez_compressed, **arrays)
     common.write_file(args.out / "adversarial.npz", save)
-    print(f"{args.out} holds {', '.join(pictures)} (.png), adversarial.npz and results.json")
-    facts = {"attacked": str(args.weights or args.model), "device": str(device)}
-    return common.write_results(args, record, dataset=args.dataset, processes=world, **facts)
+    print(f"{args.out} holds {', '.join(pictures)} (.png) and adversarial.npz")
+    facts = {"device": str(device), "processes": world}
+    return common.write_results(args, record, dataset=args.dataset, **facts)
 
 
 if __name__ == "__main__":
