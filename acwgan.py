@@ -41,22 +41,22 @@ def settings(argv=None):
     """The flags [the log's value]. --resume and --sample take the defaults from the checkpoint."""
     names, about = ("auto", "mnist", "glyphs"), "auto: mnist, or glyphs where that can't be had"
     p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, "train on N images", True)
-    add, whole, positive = p.add_argument, common.whole, common.positive
-    add("--epochs", type=whole(1), default=3, help="passes over the training images [13]")
-    add("--batch-size", type=whole(2), default=32, help="real images per step [64]")
-    add("--critic-steps", type=whole(1), default=1, help="per generator step, on one batch [5]")
+    add, count, positive = p.add_argument, common.count, common.positive
+    add("--epochs", type=count(1), default=3, help="passes over the training images [13]")
+    add("--batch-size", type=count(2), default=32, help="real images per step [64]")
+    add("--critic-steps", type=count(1), default=1, help="per generator step, on one batch [5]")
     add("--critic-lr", type=positive, default=2e-3, help="Adam's step size for the critic [1e-4]")
     add("--generator-lr", type=positive, default=4e-3, help="the same for the generator [1e-4]")
     add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes [none]")
     add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
     add("--penalty-share", type=positive, default=0.5, help="of the batch, for the penalty [1]")
-    add("--latent", type=whole(11), default=74, help="generator inputs, the class's ten too [100]")
+    add("--latent", type=count(11), default=74, help="generator inputs, the class's ten too [100]")
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="of the networks [64]")
-    add("--width", type=whole(1), default=32, help="channels at the finest scale [64]")
+    add("--width", type=count(1), default=32, help="channels at the finest scale [32]")
     add("--average", type=float, default=0.999, help="of the generator, decay per step [0: none]")
-    add("--samples", type=whole(10), default=10_000, help="images drawn and measured at the end")
+    add("--samples", type=count(10), default=10_000, help="images drawn and measured at the end")
     add("--inception", action="store_true", help="report FID; downloads 91 MB into --data once")
-    add("--sample", type=whole(1), metavar="N", help="only draw N digits, with a trained generator")
+    add("--sample", type=count(1), metavar="N", help="only draw N digits, with a trained generator")
     add("--digit", type=int, choices=range(CLASSES), help="for --sample; otherwise all in turn")
     args = p.parse_args(argv)
     if args.resume or args.sample:
@@ -335,8 +335,8 @@ def train_classifier(network, images, labels, seed, epochs, lr, shift=0, smoothi
 
 
 def kept_classifier(path, settings, network, fit):
-    """`network` with the weights at `path`, or trained by `fit(network)` and kept there, also where
-    `settings`, plain values, all that makes the weights, are others. Failure for a foreign file."""
+    """`network` with the weights at `path`; if there are none, or of other `settings` (plain
+    values), trained by `fit(network)` and saved there. Raises Failure for a foreign file."""
     advice = "delete it, and a new one is trained"
     kept = common.load_checkpoint(path, "classifier", advice) if path.exists() else {}
     if kept.get("settings") != settings:

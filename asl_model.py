@@ -62,19 +62,19 @@ def settings(argv=None):
     out, limit = Path("runs/asl_model"), "only the first N photos, or N scenes in an epoch"
     p = common.parser(__doc__, out, "coco", tuple(DEFAULTS), "images and labels", limit, True)
     p.epilog = "\n".join(f"--train on {name} takes {x}" for name, x in DEFAULTS.items())
-    add, whole, positive = p.add_argument, common.whole, common.positive
+    add, count, positive = p.add_argument, common.count, common.positive
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
     mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
     mode.add_argument("--train", action="store_true", help="train on --dataset, from nothing")
     add("--weights", type=Path, metavar="FILE", help="otherwise published, or scenes' own")
     add("--arch", choices=ARCHITECTURES, help="published, or to train")
-    add("--image-size", type=whole(32), metavar="N", help="in pixels; otherwise the weights' own")
+    add("--image-size", type=count(32), metavar="N", help="in pixels; otherwise the weights' own")
     add("--threshold", type=positive, default=0.5, help="a label is present above this [0.8]")
     add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
     add("--split", choices=("val2017", "train2017"), help="of coco (val2017; --train: train2017)")
-    add("--epochs", type=whole(1), help="passes over the images")
-    add("--batch-size", type=whole(2), help="images per step [128]")
+    add("--epochs", type=count(1), help="passes over the images")
+    add("--batch-size", type=count(2), help="images per step [128]")
     add("--lr", type=positive, help="Adam's largest step size [1e-4]")
     args = p.parse_args(argv)
     if args.resume:
@@ -519,7 +519,7 @@ def train(args, device):
             mean_ap = float(average_precision(probabilities, check_labels.numpy()).mean())
             row = {"step": step, "seconds": round(done["seconds"], 1)}
             done["history"].append(row | {"loss": loss.item() / len(images), "mAP": mean_ap})
-            if mean_ap >= done["best_mAP"]:  # of equals the last, the surest
+            if mean_ap >= done["best_mAP"]:  # of equals, the last
                 done |= {"best": copy.deepcopy(average.state_dict()), "best_mAP": mean_ap}
         state = {name: part.state_dict() for name, part in parts.items()}
         common.save_checkpoint(path, {"kind": "asl_model", "settings": kept, **state, **done})
@@ -538,7 +538,7 @@ def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digi
     there is none. Failure for one of other settings."""
     flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
     args = settings([*flags, "--out", str(out), "--seed", str(seed)])
-    args.resume = True  # if it was stopped
+    args.resume = True  # which settings() refuses without a checkpoint
     path, shaping = weights_path(args), {name: getattr(args, name) for name in SHAPING}
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")

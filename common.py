@@ -90,9 +90,9 @@ def parser(doc, out, dataset, datasets, dataset_help, limit_help, trains=False):
     add("--data", type=Path, default=Path("data"), help="folder of datasets and weights")
     add("--out", type=Path, default=out, help="folder for what this run writes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="of all work")
-    add("--seed", type=whole(0), default=0, help="of every random number")
+    add("--seed", type=count(0), default=0, help="of every random number")
     add("--dataset", choices=datasets, default=dataset, help=dataset_help)
-    add("--limit", type=whole(1), metavar="N", help=limit_help)
+    add("--limit", type=count(1), metavar="N", help=limit_help)
     if trains:
         add = p.add_mutually_exclusive_group().add_argument
         add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -100,11 +100,11 @@ def parser(doc, out, dataset, datasets, dataset_help, limit_help, trains=False):
     return p
 
 
-def whole(least):
+def count(least):
     """An argparse type: a whole number from `least` up."""
 
     def number(text):
-        if not least <= int(text) < 2**63:
+        if not least <= int(text) < 2**43:
             raise ValueError
         return int(text)
 

@@ -37,40 +37,39 @@ from acwgan import CLASSES
 class Variant(NamedTuple):
     """A row of the experiment: how its generator is made."""
 
-    change: str  # against the row above
     start: str  # see `new_generator`
     weights: dict  # of the terms of its loss, see `loss_term`
     rounds: float = 1  # of --steps
     rate: float = 12e-3  # Adam's step size; x 800 steps it is about the log's 1e-4 x 94,000
     betas: tuple = (0.0, 0.9)  # Adam's
     scheduled: bool = False  # the step size decays to 0, the weight of the L2 distance rises
-    sees_gradient: bool = False  # of the target, at generation time, too; see `Refiner`
+    sees_gradient: bool = False  # of the target, when it draws, too; see `Refiner`
     attacked: str = "target"  # or random_target: approach 1 never loaded its weights
     wanted: int | None = None  # the class to be taken for; None: the next
     critic_trains: bool = False
 
 
-HELD = {"auxiliary": 1, "adversarial": 1}  # the log's beta and gamma
+BOTH = {"auxiliary": 1, "adversarial": 1}  # beta, gamma
 RANDOM = {"attacked": "random_target", "wanted": 7, "rate": 2e-3}
 OURS = {"start": "refiner", "rate": 2e-3, "betas": (0.9, 0.99), "scheduled": True}
 HINGES = {"adversarial hinge": 1, "robust hinge": 1}
-# fmt: off
 VARIANTS = {
-    "original": Variant("week 1's generator", "original", {}, rounds=0),
-    "scratch": Variant("approach 1 as logged", "untrained", {"critic": 1, **HELD}, **RANDOM),
-    "scratch-live": Variant("the critic trains, too", "untrained", {"critic": 1, **HELD}, **RANDOM,
-        critic_trains=True),
-    # gamma was 0: nothing asked for adversarial digits; the FID was detached: it moved no weight
-    "as-logged": Variant("approach 2 as logged", "pretrained", {"auxiliary": 1}),
-    "adversarial": Variant("gamma = 1", "pretrained", HELD),
-    "fid": Variant("the FID has a gradient", "pretrained", {"frechet": 1, **HELD}),
-    "euclidean": Variant("AT-GAN's distance", "pretrained", {"noisy euclidean": 0.05, **HELD}),
-    "ours-no-gradient": Variant("a small U-Net behind the original",
-        weights={**HINGES, "euclidean": 0.14}, rounds=4, **OURS),
-    "ours-gradient": Variant("it sees the target's gradient",
-        weights={**HINGES, "euclidean": 0.2}, rounds=1.5, sees_gradient=True, **OURS),
+    "original": Variant("original", {}, rounds=0),
+    # approach 1 as logged; then with a critic that trains, too
+    "scratch": Variant("untrained", {"critic": 1, **BOTH}, **RANDOM),
+    "scratch-live": Variant("untrained", {"critic": 1, **BOTH}, **RANDOM, critic_trains=True),
+    # approach 2: gamma was 0, so nothing asked for adversarial digits; the FID was detached, so it
+    # moved no weight. Then gamma = 1; an FID with its gradient; AT-GAN's distance
+    "as-logged": Variant("pretrained", {"auxiliary": 1}),
+    "adversarial": Variant("pretrained", BOTH),
+    "fid": Variant("pretrained", {"frechet": 1, **BOTH}),
+    "euclidean": Variant("pretrained", {"noisy euclidean": 0.05, **BOTH}),
+    # a U-Net behind the original; then it sees the target's gradient
+    "ours-no-gradient": Variant(weights={**HINGES, "euclidean": 0.14}, rounds=4, **OURS),
+    "ours-gradient": Variant(
+        weights={**HINGES, "euclidean": 0.2}, rounds=1.5, sees_gradient=True, **OURS
+    ),
 }
-# fmt: on
 ANEW = "delete it, and it is trained anew"
 SHAPING = ("seed", "steps", "batch_size")  # flags: of every training
 ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not restore
@@ -81,12 +80,12 @@ def settings(argv=None):
     datasets, hint = ("auto", "mnist", "glyphs"), "auto: the one the generator was trained on"
     out, week1 = Path("runs/transfer"), Path("runs/acwgan/checkpoint.pt")
     p = common.parser(__doc__, out, "auto", datasets, hint, "train on N images", True)
-    add, whole = p.add_argument, common.whole
+    add, count = p.add_argument, common.count
     add("--generator", type=Path, default=week1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train")
-    add("--steps", type=whole(1), default=800, help="steps; ours take more")
-    add("--batch-size", type=whole(2), default=64, help="samples per step")
-    add("--samples", type=whole(20), default=10_000, help="digits behind every number")
+    add("--steps", type=count(1), default=800, help="steps; ours take more")
+    add("--batch-size", type=count(2), default=64, help="samples per step")
+    add("--samples", type=count(20), default=10_000, help="digits behind every number")
     args = p.parse_args(argv)
     if args.resume:
         generators = sorted(args.out.glob("generator-*.pt"), key=lambda path: path.stat().st_mtime)
@@ -124,18 +123,18 @@ def model_a():
 
 
 class Contrast(nn.Module):
-    """Dark pixels darker, bright ones brighter, as robust readers of MNIST learn but slowly."""
+    """Darkens dark pixels, brightens bright ones, which a robust classifier learns slowly."""
 
     def forward(self, images):
         return torch.sigmoid(10 * images - 5)
 
 
-def convolutional(layers, inputs, steady=False):
+def convolutional(layers, inputs, robust=False):
     """A classifier of layers (channels in, out, kernel size, stride), whose last has `inputs`."""
-    network = [*([Contrast()] if steady else []), nn.PixelUnshuffle(2)]
+    network = [*([Contrast()] if robust else []), nn.PixelUnshuffle(2)]
     for c_in, c_out, size, stride in layers:
-        norm = [nn.BatchNorm2d(c_out)] if steady else []
-        network += [nn.Conv2d(c_in, c_out, size, stride, 1, bias=not steady), *norm, nn.ReLU()]
+        norm = [nn.BatchNorm2d(c_out)] if robust else []
+        network += [nn.Conv2d(c_in, c_out, size, stride, 1, bias=not robust), *norm, nn.ReLU()]
     return Classifier([*network, nn.Flatten(), nn.Linear(inputs, 128), nn.ReLU()], 128)
 
 
@@ -177,10 +176,10 @@ class Refiner(nn.Module):
         facts = self.facts(torch.cat([*classes, logits / 10], 1))[:, :, None, None]
         fine = self.encoder(self.first(maps.contiguous(memory_format=torch.channels_last)) + facts)
         residual = F.pixel_shuffle(self.decoder(fine + self.coarse(fine)), 2)
-        moved = (image + residual.float()).clamp(0, 1)
+        adv = (image + residual.float()).clamp(0, 1)
         if self.training or not self.target:
-            return moved
-        return smallest(self.target, image, moved, wanted, lead(logits, wanted))
+            return adv
+        return smallest(self.target, image, adv, wanted, lead(logits, wanted))
 
 
 def load_generator(path, dataset):
@@ -233,13 +232,13 @@ def lead(logits, labels):
 def pgd(network, images, labels, sign=1, eps=0.3, alpha=0.02, steps=40, noise=0.0):
     """L-inf PGD (Madry et al. 2018, arXiv 1706.06083) on the cross-entropy of the labels (N,), from
     up to `noise` off the images; sign -1: towards the labels. Returns images in [0, 1]."""
-    moved = images + noise * (2 * torch.rand_like(images) - 1)
+    adv = images + noise * (2 * torch.rand_like(images) - 1)
     for _ in range(steps):
-        moved.requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(network(moved), labels), moved)
-        moved = moved.detach() + sign * alpha * gradient.sign()
-        moved = moved.clamp(images - eps, images + eps).clamp(0, 1)
-    return moved
+        adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(network(adv), labels), adv)
+        adv = adv.detach() + sign * alpha * gradient.sign()
+        adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
+    return adv
 
 
 def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
@@ -252,12 +251,12 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
         free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
         adam, succeeded = torch.optim.Adam([free], rate), wanted < 0  # none yet
         for _ in range(steps):
-            moved = (free.tanh() + 1) / 2
-            size = (moved - images).square().flatten(1).sum(1)
-            ahead = lead(network(moved), wanted)
+            adv = (free.tanh() + 1) / 2
+            size = (adv - images).square().flatten(1).sum(1)
+            ahead = lead(network(adv), wanted) - 0.1  # or rounding to 8 bits undoes it
             (free.grad,) = torch.autograd.grad((size + c * (-ahead).relu()).sum(), free)
             better = (ahead > 0) & (size < least)
-            best[better], least[better] = moved.detach()[better], size.detach()[better]
+            best[better], least[better] = adv.detach()[better], size.detach()[better]
             succeeded |= ahead > 0
             adam.step()
         low, high = torch.where(succeeded, low, c), torch.where(succeeded, c, high)
@@ -266,10 +265,10 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
 
 
 @torch.no_grad()
-def smallest(network, images, moved, wanted, start, margin=0.5, steps=2):
-    """As much of the change from images to moved (N, 1, 28, 28) as the class wanted needs to lead
+def smallest(network, images, adv, wanted, start, margin=0.5, steps=2):
+    """As much of the change from images to adv (N, 1, 28, 28) as the class wanted needs to lead
     by `margin`, as if its lead, at first `start` (N,), were linear along it."""
-    change, share = moved - images, torch.ones_like(images[:, :1, :1, :1])
+    change, share = adv - images, torch.ones_like(images[:, :1, :1, :1])
     for _ in range(steps):
         ahead = lead(network((images + share * change).clamp(0, 1)), wanted)
         factor = ((margin - start) / (ahead - start)).nan_to_num(0)  # 0 / 0: nothing is needed
@@ -287,7 +286,7 @@ CLASSIFIERS = {  # network, seed, arguments of `acwgan.train_classifier`, of `pg
     "target": (model_a, 1, {"epochs": 3, "lr": 1e-3}, {}),  # it is attacked
     "auxiliary": (AUXILIARY, 3, {"epochs": 3, "lr": 3e-3, "shift": 2}, {}),
     "robust_auxiliary": (AUXILIARY, 4, {"epochs": 4, "lr": 3e-3}, ONE_STEP),
-    # two stand in for an eye, in no loss, of other architectures and trainings
+    # judges: in no loss, of other architectures and trainings
     "judge": (JUDGE, 5, {"epochs": 7, "lr": 4e-3}, ONE_STEP),
     "pgd_judge": (PGD_JUDGE, 6, {"epochs": 4, "lr": 5e-3}, THREE_STEPS),
 }
@@ -511,8 +510,8 @@ def main(argv=None):
         right[name] = classify(network, test_images) == test_labels
         if "judge" in name:
             attack = functools.partial(pgd, network)
-            moved = acwgan.in_parts(attack, test_images[:1000], test_labels[:1000])
-            right[f"{name}_under_pgd"] = classify(network, moved) == test_labels[:1000]
+            adv = acwgan.in_parts(attack, test_images[:1000], test_labels[:1000])
+            right[f"{name}_under_pgd"] = classify(network, adv) == test_labels[:1000]
     accuracy = {name: common.wilson(hits.sum(), len(hits)) for name, hits in right.items()}
     common.print_table(["classifier", "right on test images"], accuracy.items())
     asked = torch.arange(args.samples, device=device) % CLASSES
@@ -534,15 +533,15 @@ def main(argv=None):
             common.save_checkpoint(paths[name], content | {"generator": generator.state_dict()})
         drawn[name], speed = timed(acwgan.generate, generator, asked, args.seed)
         predicted, row = measure(drawn[name], drawn["original"], asked, wanted, attacked)
-        rows[name] = {"change": variant.change, **row, "digits_per_second": speed}
+        rows[name] = row | {"digits_per_second": speed}
         goals = {"target": wanted, "predicted": predicted}
         acwgan.save_samples(args.out / f"samples-{name}.npz", drawn[name], asked, **goals)
     wanted = wanted_class(asked)
     for name, (attack, n) in ATTACKS.items():
         start, goal = drawn["original"][:n], wanted[:n]
         attack = functools.partial(attack, networks.target)
-        moved, speed = timed(acwgan.in_parts, attack, start, goal)
-        drawn[name] = (moved * 255).round() / 255
+        adv, speed = timed(acwgan.in_parts, attack, start, goal)
+        drawn[name] = (adv * 255).round() / 255
         _, row = measure(drawn[name], start, asked[:n], goal, networks)
         rows[name] = row | {"digits_per_second": speed}
     floor, n = rows["carlini-wagner"]["l2"], len(drawn["carlini-wagner"])
