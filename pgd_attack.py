@@ -158,7 +158,7 @@ def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
                 adv.requires_grad_()
                 logits = model(adv)
                 (gradient,) = torch.autograd.grad(loss(logits, targets).sum(), adv)
-            # asked at the end, or a GPU would wait
+            # asked at the end: no GPU waits
             finite &= logits.isfinite().all() & gradient.isfinite().all()
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)

@@ -914,7 +914,7 @@ def test_generators_start_as_their_rows_say_and_only_ours_gradient_sees_the_targ
         assert same == (name != "scratch")
     for name, sees in (("ours-gradient", True), ("ours-no-gradient", False)):
         refiner = transfer.new_generator(name, networks)
-        assert torch.allclose(refiner(latent, labels), drawn, atol=1e-6)
+        assert torch.allclose(refiner(latent, labels), drawn, atol=0.02)  # in bfloat16
         nn.init.normal_(refiner.decoder[-1].weight)
         nn.init.zeros_(refiner.facts.weight[:, 20:])  # it sees no logits, only the gradient
         assert (refiner.target is not None) == sees

@@ -159,8 +159,8 @@ class Refiner(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
-        image = self.original(latent, labels).float()
         with autocast(latent.device):
+            image = self.original(latent, labels).float()
             return self.refine(image, labels, wanted_class(labels))
 
     def refine(self, image, labels, wanted):
