@@ -1,7 +1,7 @@
 """Weeks 3 to 5: the multi-label classifier that the log attacked.
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
-et al. 2020, arXiv 2009.14119). The inplace_abn that ASL pinned gave attackers a wrong gradient, the
+et al. 2020, arXiv 2009.14119). The inplace_abn that ASL pinned gave attackers a wrong gradient, a
 likely cause of what the log saw: see `inplace_abn_1_0_12`.
 
     python asl_model.py --image photo.jpg           the labels present, by the published TResNet-M
