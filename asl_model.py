@@ -504,7 +504,6 @@ def train(args, device):
         adam.zero_grad()
         loss.backward()
         adam.step()
-        # short at first: a long average would keep the noise of the start
         decay = min(AVERAGE, 1 - 8 / (step + 8))
         torch._foreach_lerp_(averages, weights, 1 - decay)
         if step % 20 == 0:

@@ -104,11 +104,10 @@ def count(least):
     """An argparse type: a whole number from `least` up."""
 
     def number(text):
-        if not least <= int(text) < 2**43:
-            raise ValueError
-        return int(text)
+        if text.isdecimal() and least <= int(text) < 2**43:  # seeds are multiplied, in 63 bits
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} up")
 
-    number.__name__ = f"whole number from {least} up:"
     return number
 
 

@@ -446,37 +446,41 @@ class TopClass(NamedTuple):
 def over_batches(network, images, attacks, args, device, rank, world):
     """Every attack {name: attack(images, logits) -> images} on every image, of [0, 1].
 
-    Returns {"before" or name: logits, (name, "linf" | "l2" | "seconds"): (N,)} of all N images and
+    Returns {"before" or name: logits, (name, "linf" | "seconds"): (N,)} of all N images and
     {("clean" or name, "pixels"): uint8} of the first ones, on the CPU. Of torchrun's processes each
     attacks every `world`-th batch; batches and random numbers are always the same.
     """
-    batches = torch.arange(len(images)).split(args.batch_size)
-    mine, keep = range(rank, len(batches), world), max(args.save, 2)
+    n, logits = len(images), torch.no_grad()(lambda images: network(images).float())
+    batches, keep = torch.arange(n).split(args.batch_size), min(max(args.save, 2), n)
+    mine, found = range(rank, len(batches), world), {}
     sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
-    parts, bar = {}, common.progress(loader, "attacking", disable=rank > 0)
+
+    def note(key, values, n=n):  # many small tensors would split a CPU's heap
+        rows = batches[b][batches[b] < n]
+        empty = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
+        found.setdefault(key, empty)[rows] = values[: len(rows)].cpu()
+
+    bar = common.progress(loader, "attacking", disable=rank > 0)
     for b, clean in zip(mine, bar, strict=True):
-        clean, n = clean.to(device), max(keep - b * args.batch_size, 0)
-        with torch.no_grad():
-            before = network(clean).float()
-        part = {"before": before.cpu(), ("clean", "pixels"): (clean[:n] * 255).round().byte().cpu()}
+        clean = clean.to(device)
+        before = logits(clean)
+        note("before", before)
+        note(("clean", "pixels"), (clean * 255).round().byte(), keep)
         for i, (name, attack) in enumerate(attacks.items()):
             torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
             began = time.perf_counter()
             adversarial = attack(clean, before)
-            with torch.no_grad():
-                part[name] = network(adversarial).float().cpu()
+            note(name, logits(adversarial))
             seconds = (time.perf_counter() - began) / len(clean)
-            part[name, "seconds"] = torch.full((len(clean),), seconds)
-            change = (adversarial - clean).flatten(1).cpu()
-            part[name, "linf"], part[name, "l2"] = change.abs().amax(1), change.norm(dim=1)
-            part[name, "pixels"] = (adversarial[:n].clamp(0, 1) * 255).round().byte().cpu()
-        parts[b] = part
+            note((name, "seconds"), torch.full((len(clean),), seconds))
+            note((name, "linf"), (adversarial - clean).abs().amax((1, 2, 3)))
+            note((name, "pixels"), (adversarial.clamp(0, 1) * 255).round().byte(), keep)
     if world > 1:
         shares = [None] * world
-        dist.all_gather_object(shares, parts)
-        parts = {b: part for share in shares for b, part in share.items()}
-    return {key: torch.cat([parts[b][key] for b in sorted(parts)]) for key in parts[0]}
+        dist.all_gather_object(shares, found)
+        found = {key: sum(x[key] for x in shares if key in x) for key in shares[0]}
+    return found
 
 
 def figure(title, found, columns, goal):
@@ -657,7 +661,6 @@ def main(argv=None):
         results = {row.name: goal.count(found, row.name, truth) for row in rows}
         for name, row in results.items():
             row["linf"] = found[name, "linf"].max().item()
-            row["l2"] = found[name, "l2"].mean().item()
             row["seconds_per_image"] = found[name, "seconds"].mean().item()
         record["dataset_size"][dataset], record["rows"][dataset] = len(images), results
         asked = int(goal.asked(found["before"]).sum())

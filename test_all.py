@@ -1626,15 +1626,17 @@ def test_an_attack_writes_what_it_promises(attackable, few, tmp_path, capsys, mo
     assert difference(file["before"], network(scenes)) < 1e-4
     ours = results["margin"]  # the last attack is what is saved
     change = (file["adversarial"].float() - file["clean"]) / 255
-    assert change.flatten(1).norm(dim=1).mean().item() == pytest.approx(ours["l2"], 0.02)
+    assert 0 < change.abs().max() <= ours["linf"] + 0.5 / 255
     assert (file["after"] > 0).sum() == ours["labels_after"]
     assert difference(network(file["adversarial"] / 255), file["after"]) < 0.05
     if week == 5:
-        assert results["softmax-bce"]["l2"] != results["softmax-bce pinned"]["l2"]
+        counts = [results[name]["labels_after"] for name in ("softmax-bce", "softmax-bce pinned")]
+        assert counts[0] != counts[1]
         assert results["noise"]["linf"] == pytest.approx(0.3, abs=0.01)
     if week is None:
-        pinned = pgd_attack.main([*flags, "--gradient", pgd_attack.PINNED])["rows"]["scenes"]
-        assert pinned["margin"]["l2"] != ours["l2"]
+        pgd_attack.main([*flags, "--gradient", pgd_attack.PINNED])
+        pinned = np.load(tmp_path / "adversarial.npz")["adversarial"]
+        assert not np.array_equal(pinned, file["adversarial"])
 
 
 def test_each_verdict_of_the_sweep_is_the_right_way_round(capsys):
@@ -1692,7 +1694,6 @@ def test_two_processes_of_torchruns_give_the_table_of_one(attackable, tmp_path):
     assert again["processes"] == 2
     for name, row in json.loads(json.dumps(record["rows"]["scenes"])).items():
         theirs = again["rows"]["scenes"][name] | {"seconds_per_image": row["seconds_per_image"]}
-        assert theirs.pop("l2") == pytest.approx(row.pop("l2"), rel=1e-4), name
         assert theirs == row, name
     files = [np.load(folder / "adversarial.npz")["clean"] for folder in (one, two)]
     assert np.array_equal(*files)
