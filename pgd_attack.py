@@ -458,8 +458,9 @@ def over_batches(network, images, attacks, args, device, rank, world):
 
     def note(key, values, n=n):  # many small tensors would split a CPU's heap
         rows = batches[b][batches[b] < n]
-        empty = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
-        found.setdefault(key, empty)[rows] = values[: len(rows)].cpu()
+        if key not in found:
+            found[key] = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
+        found[key][rows] = values[: len(rows)].cpu()
 
     bar = common.progress(loader, "attacking", disable=rank > 0)
     for b, clean in zip(mine, bar, strict=True):
