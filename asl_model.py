@@ -2,7 +2,7 @@
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
 et al. 2020, arXiv 2009.14119). The inplace_abn that ASL pinned gave attackers a wrong gradient, a
-likely cause of what the log saw: see `inplace_abn_1_0_12`.
+possible cause of what the log saw: see `inplace_abn_1_0_12`.
 
     python asl_model.py --image photo.jpg           the labels present, by the published TResNet-M
     python asl_model.py --evaluate --dataset coco   mAP, precision and recall

@@ -2,7 +2,7 @@
 
 PGD moves each pixel by at most eps so that a classifier gives a label that the attacker chose. In
 the log it switched nearly every label off (week 3), hardly moved an ImageNet network (week 4) and,
-asked for more donuts, got fewer of everything (week 5). A likely cause: the package that the
+asked for more donuts, got fewer of everything (week 5). A possible cause: the package that the
 log's TResNet used gave a wrong gradient (asl_model.inplace_abn_1_0_12). Here the attacks on record
 run with that gradient and the right one, beside noise and `margin`, which switches one label only.
 
