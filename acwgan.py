@@ -349,10 +349,9 @@ def kept_classifier(path, settings, network, fit):
 
 
 def digit_reader(out, dataset, images, labels):
-    """The reader for these training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt. It
-    learns the first five sixths of them, `learnt`; the floor of the distance needs others."""
+    """The reader for training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt; one seed
+    for all. It learns the first five sixths, `learnt`; the distance's floor needs others."""
     n = len(images) - min(10_000, len(images) // 6)
-    # the same reader beside every GAN, and the reverse
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(READER["seed"])
         reader = DigitReader().to(images.device)

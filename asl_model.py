@@ -552,8 +552,10 @@ def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digi
 def predict(network, images, device, batch=32):
     """The probabilities (N, L), float32 in NumPy, of images (N, 3, S, S)."""
     loader = DataLoader(images, batch, num_workers=workers(images, device))
-    bar = common.progress(loader, "measuring")
-    return np.concatenate([network(x.to(device)).sigmoid().float().cpu().numpy() for x in bar])
+    rows, found = torch.arange(len(images)), torch.empty(len(images), network.head.fc.out_features)
+    for i, x in zip(rows.split(batch), common.progress(loader, "measuring"), strict=True):
+        found[i] = network(x.to(device)).sigmoid().cpu()
+    return found.numpy()
 
 
 def average_precision(probabilities, labels):

@@ -456,14 +456,13 @@ def over_batches(network, images, attacks, args, device, rank, world):
     sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
 
-    def note(key, values, n=n):  # many small tensors would split a CPU's heap
+    def note(key, values, n=n):  # many small ones would split the heap
         rows = batches[b][batches[b] < n]
         if key not in found:
             found[key] = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
         found[key][rows] = values[: len(rows)].cpu()
 
-    bar = common.progress(loader, "attacking", disable=rank > 0)
-    for b, clean in zip(mine, bar, strict=True):
+    for b, clean in zip(mine, common.progress(loader, "attacking", disable=rank > 0), strict=True):
         clean = clean.to(device)
         before = logits(clean)
         note("before", before)

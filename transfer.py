@@ -498,9 +498,8 @@ def main(argv=None):
     shared = {"week_1": week1["file"], **facts, **{flag: flags[flag] for flag in SHAPING}}
     made = {name: shared | VARIANTS[name]._asdict() for name in args.variant}
     paths = {name: args.out / f"generator-{name}.pt" for name in args.variant}
-    kept = {}
-    for name, path in paths.items():  # other settings in --out are refused before any training
-        kept[name] = acwgan.starting_point(path, "transfer", made[name], args)
+    # other settings in --out are refused before any training
+    kept = {x: acwgan.starting_point(paths[x], "transfer", made[x], args) for x in paths}
     trained = {x: classifier(x, args.out, dataset, images, labels) for x in CLASSIFIERS}
     torch.manual_seed(7)
     random_target = model_a().to(device).eval().requires_grad_(False)
