@@ -450,13 +450,13 @@ def over_batches(network, images, attacks, args, device, rank, world):
     {("clean" or name, "pixels"): uint8} of the first ones, on the CPU. Of torchrun's processes each
     attacks every `world`-th batch; batches and random numbers are always the same.
     """
-    n, logits = len(images), torch.no_grad()(lambda images: network(images).float())
-    batches, keep = torch.arange(n).split(args.batch_size), min(max(args.save, 2), n)
+    total, logits = len(images), torch.no_grad()(lambda x: network(x).float())
+    batches, keep = torch.arange(total).split(args.batch_size), min(max(args.save, 2), total)
     mine, found = range(rank, len(batches), world), {}
     sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
     loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
 
-    def note(key, values, n=n):  # many small ones would split the heap
+    def note(key, values, n=total):  # small tensors fragment memory
         rows = batches[b][batches[b] < n]
         if key not in found:
             found[key] = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
