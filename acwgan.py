@@ -1,106 +1,135 @@
-"""Week 1: an AC-WGAN-GP on MNIST.
+"""Week 1: train an AC-WGAN-GP on MNIST and draw digits of requested classes.
 
 The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
 whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
-1610.09585), and showed 32 samples. This script trains one, draws that figure, and measures how
-often an independent classifier reads the digit asked for, and how far samples are from MNIST.
+1610.09585), and showed 32 samples. This script trains one and draws that figure. It measures how
+often an independent classifier predicts the requested class, and how far samples are from MNIST.
 
-    python acwgan.py                              train; minutes on two CPU cores
-    python acwgan.py --resume                     continue a run that was stopped
+    python acwgan.py                              train; takes minutes on two CPU cores
+    python acwgan.py --resume                     continue an interrupted training
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-Writes into --out: checkpoint.pt, history.csv, AC-WGAN_GP.png, curves.png, results.json, reader.pt
-and samples.npz (images uint8 (N, 28, 28), labels int64 (N,)); --sample: drawn.npz and drawn.png.
+A training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
+samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png, curves.png and
+results.json. With --sample, the script writes drawn.npz and drawn.png only.
 """
 
 import copy
-import functools
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.nn import functional as F
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.transforms.functional import to_pil_image
 
 import common
 
 CLASSES = 10
-DOUBLINGS = {28: 1, 64: 2}  # of the side, by strided convolutions; a pixel shuffle does one more
-READER = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
-SAVE_EVERY = 60  # seconds between checkpoints
-NOT_KEPT = ("out", "resume", "force", "sample", "digit")  # flags that --resume doesn't inherit
-MAY_DIFFER = ("data", "device", "limit", "samples", "inception")  # inherited; shape no weight
-ANEW = "choose another --out, or train anew with --force"
+# strided convolutions that double the maps' side; a pixel shuffle doubles it once more
+DOUBLINGS = {28: 1, 64: 2}
+# The penalty takes most of a step's time, and half of the batch is enough to keep the norm of the
+# critic's gradient near 1. The log used the whole batch.
+PENALTY_SHARE = 0.5
+SAVE_EVERY = 500  # steps between two checkpoints
+LOG_EVERY = 50  # steps between two rows of history.csv
+CURVE_IMAGES = 1000  # images drawn for each of the ten points of the curve
+# the same in every run, so that runs can be compared
+EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
+# A training only goes on from a checkpoint that was made with equal values of these flags,
+MUST_MATCH = ("dataset", "limit", "seed", "epochs", "batch_size", "critic_steps", "beta2")
+MUST_MATCH += ("critic_lr", "generator_lr", "latent", "image_size", "width", "average")
+# and takes over its values of these, unless they are given anew.
+MAY_CHANGE = ("data", "device", "samples", "inception")
+DIVERGED = "the training diverged; start anew with lower --critic-lr and --generator-lr"
 
 
 def settings(argv=None):
-    """The flags [the log's value]. --resume and --sample take the defaults from the checkpoint."""
-    names, about = ("auto", "mnist", "glyphs"), "auto: mnist, or glyphs where that can't be had"
-    p = common.parser(__doc__, Path("runs/acwgan"), "auto", names, about, "train on N images", True)
-    add, count, positive = p.add_argument, common.count, common.positive
-    add("--epochs", type=count(1), default=3, help="passes over the training images [13]")
-    add("--batch-size", type=count(2), default=32, help="real images per step [64]")
-    add("--critic-steps", type=count(1), default=1, help="per generator step, on one batch [5]")
-    add("--critic-lr", type=positive, default=2e-3, help="Adam's step size for the critic [1e-4]")
-    add("--generator-lr", type=positive, default=4e-3, help="the same for the generator [1e-4]")
-    add("--decay", choices=("linear", "none"), default="linear", help="of both step sizes [none]")
-    add("--beta2", type=positive, default=0.99, help="Adam's second beta; the first is 0 [0.9]")
-    add("--penalty-share", type=positive, default=0.5, help="of the batch, for the penalty [1]")
-    add("--latent", type=count(11), default=74, help="generator inputs, the class's ten too [100]")
-    add("--image-size", type=int, choices=DOUBLINGS, default=28, help="of the networks [64]")
-    add("--width", type=count(1), default=32, help="channels at the finest scale [32]")
-    add("--average", type=float, default=0.999, help="of the generator, decay per step [0: none]")
-    add("--samples", type=count(10), default=10_000, help="images drawn and measured at the end")
-    add("--inception", action="store_true", help="report FID; downloads 91 MB into --data once")
-    add("--sample", type=count(1), metavar="N", help="only draw N digits, with a trained generator")
-    add("--digit", type=int, choices=range(CLASSES), help="for --sample; otherwise all in turn")
-    args = p.parse_args(argv)
+    """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
+    datasets = ("auto", "mnist", "glyphs")
+    dataset_help = "auto: mnist, or glyphs where MNIST is not to be had"
+    limit_help = "train on the first N images"
+    parser = common.parser(
+        __doc__, Path("runs/acwgan"), datasets, dataset_help, limit_help
+    )
+    add = parser.add_argument
+    number = common.number
+    count = number(int, 1)
+    rate = number(float, 1e-9, 1e9)
+    decay = number(float, 0, 0.999999)
+    add("--resume", action="store_true", help="continue the training in --out")
+    add("--epochs", type=count, default=3, help="passes over the images (log: 13)")
+    add("--batch-size", type=number(int, 2), default=32, help="images per step (log: 64)")
+    add("--critic-steps", type=count, default=1, help="per generator step (log: 5)")
+    add("--critic-lr", type=rate, default=2e-3, help="step size at first (log: 1e-4)")
+    add("--generator-lr", type=rate, default=4e-3, help="step size at first (log: 1e-4)")
+    add("--beta2", type=decay, default=0.99, help="Adam's second beta (log: 0.9)")
+    add("--latent", type=number(int, 11), default=74, help="generator inputs (log: 100)")
+    add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
+    add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
+    add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
+    add(
+        "--samples",
+        type=number(int, 10),
+        default=10_000,
+        help="images to draw and measure",
+    )
+    add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
+    add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
+    add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
+    args = parser.parse_args(argv)
+    if args.digit is not None and not args.sample:
+        parser.error("--digit needs --sample N")
     if args.resume or args.sample:
         path = args.out / "checkpoint.pt"
-        if not path.exists():
-            p.error(f"there is no {path}; train first, or name its folder with --out")
-        p.set_defaults(**common.load_checkpoint(path, "acwgan", ANEW).get("settings", {}))
-        args = p.parse_args(argv)
-    if args.digit is not None and not args.sample:
-        p.error("--digit needs --sample N")
-    if not (0 <= args.average < 1 and args.beta2 < 1 and args.penalty_share <= 1):
-        p.error("--average must be in [0, 1), --beta2 in (0, 1), --penalty-share in (0, 1]")
+        if args.force or not path.exists():
+            parser.error(f"--resume and --sample need {path}, and no --force")
+        parser.set_defaults(**load_checkpoint(path)["settings"])
+        args = parser.parse_args(argv)
     return args
 
 
 def leaky_relu(x):
-    """max(x, x / 5). With torch's own, the gradient penalty sends a second derivative, of zeros,
-    back through the whole network; a constant slope has none."""
-    return x * x.detach().sign().mul_(0.4).add_(0.6)
+    """max(x, x / 5). PyTorch's own sends a second derivative, all zeros, through the network."""
+    slope = x.detach().sign().mul_(0.4).add_(0.6)
+    return x * slope
 
 
 class Generator(nn.Module):
     """Draws digits: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
 
-    As in the log, the one-hot label overwrites the first ten latent numbers. DCGAN's network
-    (Radford et al. 2015), but for a pixel shuffle at its end, which is faster on a CPU.
+    As in the log, the one-hot label overwrites the first ten latent numbers. The network is DCGAN's
+    (Radford et al. 2015), but for the pixel shuffle at its end, which is faster on a CPU.
     """
 
     def __init__(self, latent=74, width=32, image_size=28):
         super().__init__()
         scale = 2 ** (DOUBLINGS[image_size] + 1)
-        self.latent, self.start, c = latent, image_size // scale, width * scale
-        self.project = nn.Linear(latent, c * self.start**2, bias=False)
-        layers = [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 3, 1, 1, bias=False)]
+        channels = width * scale
+        self.latent = latent
+        self.start = image_size // scale
+        self.project = nn.Linear(latent, channels * self.start**2, bias=False)
+        convolutions = [nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False)]
         for _ in range(DOUBLINGS[image_size]):
-            c //= 2
-            up = nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)
-            layers += [nn.BatchNorm2d(c), nn.ReLU(), up]
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1)]
+            channels = channels // 2
+            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
+            convolutions.append(up)
+        convolutions.append(nn.Conv2d(width, 4, 3, 1, 1))
+        layers = []
+        for convolution in convolutions:
+            layers += [nn.BatchNorm2d(convolution.in_channels), nn.ReLU(), convolution]
         layers += [nn.PixelShuffle(2), nn.Sigmoid()]
         self.draw = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
-        code = torch.cat([F.one_hot(labels, CLASSES).to(latent), latent[:, CLASSES:]], 1)
+        one_hot = F.one_hot(labels, CLASSES).to(latent)
+        code = torch.cat([one_hot, latent[:, CLASSES:]], 1)
         maps = self.project(code).view(len(code), -1, self.start, self.start)
         return self.draw(maps.contiguous(memory_format=torch.channels_last))
 
@@ -108,40 +137,49 @@ class Generator(nn.Module):
 class Critic(nn.Module):
     """Images (N, 1, S, S) in [0, 1] -> Wasserstein scores (N,) and class logits (N, 10).
 
-    They share a trunk, without batch norm: the penalty is on each example's own gradient. The first
-    layer sees 2x2 pixels as four channels, again for the CPU.
+    There is no batch norm: the gradient penalty is defined for each example on its own. The first
+    layer sees 2x2 pixels as four channels, which is faster on a CPU.
     """
 
     def __init__(self, width=32, image_size=28):
         super().__init__()
         self.unshuffle = nn.PixelUnshuffle(2)
-        *narrow, wide = [width * 2**d for d in range(DOUBLINGS[image_size] + 1)]
         layers = [nn.Conv2d(4, width, 3, 1, 1)]
-        layers += [nn.Conv2d(c, 2 * c, 4, 2, 1) for c in narrow]
-        layers += [nn.Conv2d(wide, 2 * wide, 3, 1, 1)]
+        side = image_size // 2
+        for _ in range(DOUBLINGS[image_size]):
+            layers.append(nn.Conv2d(width, 2 * width, 4, 2, 1))
+            width = 2 * width
+            side = side // 2
+        layers.append(nn.Conv2d(width, 2 * width, 3, 1, 1))
         self.layers = nn.ModuleList(layers).to(memory_format=torch.channels_last)
-        side = image_size // 2 ** (DOUBLINGS[image_size] + 1)
-        self.heads = nn.Linear(2 * wide * side**2, 1 + CLASSES)
+        self.heads = nn.Linear(2 * width * side**2, 1 + CLASSES)
 
     def forward(self, images):
-        maps = self.unshuffle(2 * images - 1).contiguous(memory_format=torch.channels_last)
+        maps = self.unshuffle(2 * images - 1)
+        maps = maps.contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             maps = leaky_relu(layer(maps))
-        out = self.heads(maps.flatten(1)).to(self.heads.weight.dtype)  # no means of bfloat16
+        # the losses take means over the batch, for which bfloat16 would be too coarse
+        out = self.heads(maps.flatten(1)).to(images.dtype)
         return out[:, 0], out[:, 1:]
 
 
-class DigitReader(nn.Module):
+class EvaluationClassifier(nn.Module):
     """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
-    Our Frechet distance is in the 64 `features` before its last layer. No loss sees it."""
+
+    It takes part in no loss. The Frechet distance is taken in the 64 `features` before its end.
+    """
 
     def __init__(self):
         super().__init__()
         layers = [nn.PixelUnshuffle(2)]
-        for c_in, c_out, stride in ((4, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)):
-            convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU())
+        channels = 4
+        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2)):
+            layers.append(nn.Conv2d(channels, width, 3, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers += [nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
         self.head = nn.Linear(64, CLASSES)
         self.to(memory_format=torch.channels_last)
 
@@ -150,11 +188,15 @@ class DigitReader(nn.Module):
 
 
 def gradient_norms(critic, real, fake):
-    """||grad score(x)||_2, (N,), at x = u * real + (1 - u) * fake, and differentiable once more.
-    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W); one u ~ U(0, 1) each."""
+    """||grad score(x)||_2, (N,), at random points x between real and generated images.
+
+    `critic`: images -> (scores (N,), anything); real, fake: (N, C, H, W). Each x is u * real +
+    (1 - u) * fake with its own u ~ U(0, 1). The norms can be differentiated once more.
+    """
     u = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(between)[0].sum(), between, create_graph=True)
+    scores, _ = critic(between)
+    (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
     return gradient.flatten(1).norm(dim=1)
 
 
@@ -163,355 +205,526 @@ def gradient_penalty(critic, real, fake):
     return (gradient_norms(critic, real, fake) - 1).square().mean()
 
 
-def critic_loss(critic, real, labels, fake, penalty=10.0, share=1.0):
-    """What the critic descends: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
+def critic_loss(critic, real, labels, fake, penalty=10.0, penalty_share=1.0):
+    """The critic's loss: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
 
-    Images real, fake (N, 1, S, S); labels (N,) int64 of the real ones, which alone are classified.
-    The penalty, most of a step's time, is on the first `share` of the batch. Returns (loss, parts).
+    Images real and fake: (N, 1, S, S) in [0, 1]; labels (N,) int64 of the real images, which alone
+    enter the auxiliary loss. The gradient penalty is taken on the first `penalty_share` of the
+    batch. Returns the loss, a scalar, and a dictionary of its three parts.
     """
-    n, k = len(real), math.ceil(len(real) * share)
+    n = len(real)
+    penalised = math.ceil(n * penalty_share)
     scores, logits = critic(torch.cat([real, fake]))
     wasserstein = scores[:n].mean() - scores[n:].mean()
     auxiliary = F.cross_entropy(logits[:n], labels)
-    gp = gradient_penalty(critic, real[:k], fake[:k])
-    parts = {"wasserstein": wasserstein, "penalty": gp, "auxiliary": auxiliary}
-    return penalty * gp + auxiliary - wasserstein, parts
+    norms = gradient_penalty(critic, real[:penalised], fake[:penalised])
+    loss = penalty * norms + auxiliary - wasserstein
+    return loss, {"wasserstein": wasserstein, "penalty": norms, "auxiliary": auxiliary}
 
 
 def generator_loss(critic, fake, labels):
-    """What the generator descends: auxiliary loss on the classes asked for - the critic's score."""
+    """Auxiliary loss of fake images (N, 1, S, S) and the labels (N,) asked for - mean score."""
     scores, logits = critic(fake)
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def starting_point(path, kind, settings, args, advice=ANEW):
-    """The checkpoint at `path` to go on from if `args.resume`, or None: start from nothing.
-    One of other `settings` is neither resumed nor, unless `args.force`, overwritten: Failure."""
+def require_finite(path, content, advice):
+    """Raise Failure if a network in a checkpoint holds NaN or infinity."""
+    for name in ("generator", "critic", "average", "network"):
+        for weight in content.get(name, {}).values():
+            if not weight.isfinite().all():
+                raise common.Failure(f"{path}: a weight is NaN or infinite; {advice}")
+
+
+def load_checkpoint(path):
+    """Read the checkpoint of a training."""
+    advice = "choose another --out, or train anew with --force"
+    checkpoint = common.load_checkpoint(path, advice, "acwgan")
+    require_finite(path, checkpoint, advice)
+    return checkpoint
+
+
+def open_checkpoint(args, dataset, n):
+    """The checkpoint in --out, or that of a new training, for n images of a data set."""
+    settings = {name: getattr(args, name) for name in MUST_MATCH + MAY_CHANGE}
+    settings.update({"dataset": dataset, "limit": n})
+    path = args.out / "checkpoint.pt"
     if args.force or not path.exists():
-        return None
-    checkpoint = common.load_checkpoint(path, kind, advice)
-    old = checkpoint.get("settings", {})
-    differ = [f"{k} {old.get(k)}, not {x}" for k, x in settings.items() if old.get(k) != x]
-    if differ:
-        raise common.Failure(f"{path} was made with {'; '.join(differ[:3])[:120]}; {advice}", 2)
-    return checkpoint if args.resume else None
+        total = n // args.batch_size * args.epochs
+        start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
+        return {**start, "seconds": 0.0, "history": [], "curve": []}
+    checkpoint = load_checkpoint(path)
+    must_match = {name: settings[name] for name in MUST_MATCH}
+    common.require_same(path, checkpoint["settings"], must_match)
+    if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
+        advice = "continue it with --resume, or start anew with --force"
+        raise common.Failure(f"{path} is an unfinished training; {advice}", 2)
+    return checkpoint
 
 
-def write_history(path, rows):
-    """Write a training's curve, dictionaries with the same keys, as CSV."""
-    lines = [",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]]
-    common.write_file(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
+def autocast(device):
+    """Compute in bfloat16 where `device` multiplies it in hardware, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
 
 
-class Training:
-    """The networks, their optimisers and the position of a run: what a checkpoint holds."""
+def draw_batch(generator, labels):
+    """Images for labels (N,), of latents from the run's own random numbers."""
+    latent = torch.randn(len(labels), generator.latent).to(labels.device)
+    with autocast(labels.device):
+        return generator(latent, labels).float()
 
-    def __init__(self, args, device):
-        torch.manual_seed(args.seed)
-        self.done = {"steps": 0, "seconds": 0.0, "history": [], "curve": []}
-        self.generator = Generator(args.latent, args.width, args.image_size).to(device)
-        self.critic = Critic(args.width, args.image_size).to(device)
-        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        adam = functools.partial(torch.optim.Adam, betas=(0.0, args.beta2), fused=True)
-        self.generator_adam = adam(self.generator.parameters(), args.generator_lr)
-        self.critic_adam = adam(self.critic.parameters(), args.critic_lr)
-        self.parts = ("generator", "critic", "average", "generator_adam", "critic_adam")
 
-    def save(self, path, settings):
-        content = {name: getattr(self, name).state_dict() for name in self.parts}
-        content |= {"kind": "acwgan", "settings": settings, "random": torch.get_rng_state()}
-        common.save_checkpoint(path, content | self.done)
+def critic_step(critic, adam, real, labels, fake):
+    """Update the critic once; returns the parts of its loss."""
+    with autocast(real.device):
+        loss, parts = critic_loss(critic, real, labels, fake, penalty_share=PENALTY_SHARE)
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+    return parts
 
-    def load(self, path, checkpoint):
-        with common.advise(path, ANEW):
-            for name in self.parts:
-                getattr(self, name).load_state_dict(checkpoint[name])
-            self.done = {name: type(x)(checkpoint[name]) for name, x in self.done.items()}
-            torch.set_rng_state(checkpoint["random"])  # the CPU's, which all draw from
+
+@torch.no_grad()
+def update_average(average, generator, decay):
+    """Move the averaged weights towards the generator's; copy its batch norms' statistics."""
+    for mean, weight in zip(average.parameters(), generator.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+    for mean, statistic in zip(average.buffers(), generator.buffers(), strict=True):
+        mean.copy_(statistic)
+
+
+def load_training(args, checkpoint, device):
+    """The networks and optimisers, by their names in the checkpoint, at its position."""
+    torch.manual_seed(args.seed)
+    generator = Generator(args.latent, args.width, args.image_size).to(device)
+    critic = Critic(args.width, args.image_size).to(device)
+    average = copy.deepcopy(generator).requires_grad_(False)
+    betas = (0.0, args.beta2)
+    parts = {
+        "generator": generator,
+        "critic": critic,
+        "average": average.eval(),
+        "generator_adam": Adam(
+            generator.parameters(), args.generator_lr, betas, fused=True
+        ),
+        "critic_adam": Adam(critic.parameters(), args.critic_lr, betas, fused=True),
+    }
+    if checkpoint["steps"] > 0:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["random"])
+    return parts
+
+
+def train(args, checkpoint, images, labels, classifier, test_images):
+    """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
+
+    It goes on from `checkpoint` and brings it up to date. Every SAVE_EVERY steps and at the end,
+    checkpoint.pt and history.csv are written.
+    """
+    device = images.device
+    parts = load_training(args, checkpoint, device)
+    generator = parts["generator"]
+    average = parts["average"]
+    critic = parts["critic"]
+    generator_adam = parts["generator_adam"]
+    critic_adam = parts["critic_adam"]
+
+    first_step = checkpoint["steps"]
+    total = checkpoint["total_steps"]
+    steps_per_epoch = total // args.epochs
+    curve_labels = torch.arange(CURVE_IMAGES, device=device) % CLASSES
+    test_features = features(classifier, test_images[:CURVE_IMAGES])
+    start_time = time.time() - checkpoint["seconds"]
+    steps = range(first_step, total)
+    for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
+        position = step % steps_per_epoch * args.batch_size
+        if position == 0 or step == first_step:
+            # each epoch has its own seed, so that a training can resume within it
+            epoch = step // steps_per_epoch
+            stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(images), generator=stream).to(device)
+        batch = order[position : position + args.batch_size]
+        real = resize(images[batch], args.image_size)
+        y = labels[batch]
+
+        # both step sizes fall linearly to zero
+        critic_adam.param_groups[0]["lr"] = args.critic_lr * (1 - step / total)
+        generator_adam.param_groups[0]["lr"] = args.generator_lr * (1 - step / total)
+
+        # As in the log, all critic steps see the same real images. The last one shares its
+        # fake images with the generator's step, which saves a pass through the generator.
+        for _ in range(args.critic_steps - 1):
+            with torch.no_grad():
+                critic_fake = draw_batch(generator, y)
+            critic_step(critic, critic_adam, real, y, critic_fake)
+        shared_fake = draw_batch(generator, y)
+        losses = critic_step(critic, critic_adam, real, y, shared_fake.detach())
+        with autocast(device):
+            losses["generator"] = generator_loss(critic, shared_fake, y)
+        generator_adam.zero_grad()
+        losses["generator"].backward(inputs=list(generator.parameters()))
+        generator_adam.step()
+
+        # the average is short at first: a long one would keep the noise of the start
+        update_average(average, generator, min(args.average, 1 - 8 / (step + 9)))
+
+        checkpoint["steps"] = step + 1
+        checkpoint["seconds"] = time.time() - start_time
+        is_last = step + 1 == total
+        if step % LOG_EVERY == 0:
+            row = {"step": step + 1, "seconds": checkpoint["seconds"]}
+            for name, loss in losses.items():
+                row[name] = loss.item()
+            checkpoint["history"].append(row)
+        if is_last or (step + 1) % math.ceil(total / 10) == 0:
+            _, point = measure(
+                average, curve_labels, args.seed, classifier, test_features
+            )
+            point["class_accuracy"] = point["class_accuracy"]["rate"]
+            point["epochs"] = (step + 1) / steps_per_epoch
+            checkpoint["curve"].append(point)
+        if is_last or (step + 1) % SAVE_EVERY == 0:
+            save_checkpoint(args.out, checkpoint, parts)
+    return average
+
+
+def save_checkpoint(out, checkpoint, parts):
+    """Write checkpoint.pt, from which --resume continues bit for bit, and history.csv."""
+    for name, part in parts.items():
+        checkpoint[name] = part.state_dict()
+    checkpoint["random"] = (
+        torch.get_rng_state()
+    )  # the CPU's: all random numbers come from it
+    path = out / "checkpoint.pt"
+    require_finite(path, checkpoint, DIVERGED)
+    with common.whole_file(path) as file:
+        torch.save(checkpoint, file)
+    common.write_csv(out / "history.csv", checkpoint["history"])
 
 
 def resize(images, size):
     """Images (N, 1, H, W) in [0, 1] at `size` pixels, smoothed where they shrink."""
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return resized.clamp(0, 1)
 
 
-def train(training, args, settings, images, labels, look):
-    """Train on images (N, 1, 28, 28) in [0, 1] of labels (N,) int64; write checkpoint.pt and
-    history.csv each minute and ten times, when look(generator), a dictionary, joins the curve."""
-    generator, critic, average = training.generator, training.critic, training.average
-    device, bf16 = images.device, common.has_bf16(images.device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    per_epoch = len(images) // args.batch_size
-    total, done = args.epochs * per_epoch, training.done
-    marks = {math.ceil(total * i / 10) for i in range(1, 11)}
-    began, saved, order = time.time() - done["seconds"], time.time(), None
-    steps = range(done["steps"], total)
-    bar = common.progress(steps, "AC-WGAN-GP", total, initial=steps.start)
-    for step in bar:
-        epoch, i = divmod(step, per_epoch)
-        if i == 0 or order is None:  # each epoch has its seed, for a run resumed within it
-            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=rng).to(device)
-        batch = order[i * args.batch_size :][: args.batch_size]
-        real, y = resize(images[batch], args.image_size), labels[batch]
-        remaining = 1 - step / total if args.decay == "linear" else 1
-        training.critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
-        training.generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
-        for repeat in range(args.critic_steps):
-            z = torch.randn(len(real), args.latent).to(device)
-            # the last digits also train the generator, which needs their graph
-            with autocast(), torch.set_grad_enabled(repeat == args.critic_steps - 1):
-                fake = generator(z, y).float()
-            with autocast():
-                loss, losses = critic_loss(critic, real, y, fake.detach(), share=args.penalty_share)
-            training.critic_adam.zero_grad()
-            loss.backward()
-            training.critic_adam.step()
-        with autocast():
-            losses["generator"] = generator_loss(critic, fake, y)
-        training.generator_adam.zero_grad()
-        losses["generator"].backward(inputs=[*generator.parameters()])
-        training.generator_adam.step()
-        done["steps"] = step + 1
-        # short at first: a long average would keep the noise of the start
-        decay = min(args.average, 1 - 8 / (step + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_([*average.parameters()], [*generator.parameters()], 1 - decay)
-            torch._foreach_copy_([*average.buffers()], [*generator.buffers()])
-        done["seconds"] = time.time() - began
-        if step % 50 == 0:
-            losses = {name: value.item() for name, value in losses.items()}
-            bar.set_postfix(losses, refresh=False)
-            done["history"].append({"step": step + 1, "seconds": done["seconds"], **losses})
-        if done["steps"] not in marks and time.time() - saved < SAVE_EVERY:
-            continue
-        if not all(x.isfinite().all() for x in [*generator.parameters(), *critic.parameters()]):
-            raise common.Failure("a weight is not a number; lower --critic-lr, --generator-lr")
-        if done["steps"] in marks:
-            done["curve"].append({"epochs": done["steps"] / per_epoch, **look(average)})
-        training.save(args.out / "checkpoint.pt", settings)
-        write_history(args.out / "history.csv", done["history"])
-        saved = time.time()
-
-
-def in_parts(function, *tensors, n=100):
-    """function(*tensors), n rows at a time, for a CPU's cache."""
-    parts = zip(*(x.split(n) for x in tensors), strict=True)
-    return torch.cat([function(*part) for part in parts])
+def in_batches(function, *tensors, size=100):
+    """function(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
+    n = len(tensors[0])
+    # the curve is measured without a bar, as that of the training is on the same line
+    hidden = n <= CURVE_IMAGES
+    results = []
+    for start in common.progress(
+        range(0, n, size), "images", disable=hidden, unit_scale=size
+    ):
+        batch = [tensor[start : start + size] for tensor in tensors]
+        results.append(function(*batch))
+    return torch.cat(results)
 
 
 @torch.no_grad()
 def generate(generator, labels, seed):
-    """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, of the latents of `seed`."""
-    rng = torch.Generator().manual_seed(seed)
-    latent = torch.randn(len(labels), generator.latent, generator=rng).to(labels.device)
-    images = resize(in_parts(generator, latent, labels, n=125), 28)
-    return (images * 255).round() / 255
+    """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, from the latents of `seed`."""
+    stream = torch.Generator().manual_seed(seed)
+    latent = torch.randn(len(labels), generator.latent, generator=stream)
+    images = in_batches(generator, latent.to(labels.device), labels, size=125)
+    return (resize(images, 28) * 255).round() / 255
 
 
-def train_classifier(network, images, labels, seed, epochs, lr, shift=0, smoothing=0, attack=None):
-    """Train on images (N, 1, 28, 28) in [0, 1], labels (N,) int64, moved by up to `shift` pixels,
-    or on attack(network, images, labels); few get more epochs. One cycle (Smith & Topin 2018)."""
-    rng, batch = torch.Generator().manual_seed(seed), min(128, len(images))
-    epochs = max(epochs, 300 * batch // len(images))
-    used = len(images) // batch * batch
-    orders = [torch.randperm(len(images), generator=rng)[:used] for _ in range(epochs)]
-    orders = torch.cat(orders).to(images.device).split(batch)
-    adam = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, lr, len(orders), pct_start=0.2)
-    bf16 = common.has_bf16(images.device)
-    for order in common.progress(orders, type(network).__name__, unit="step"):
-        dx, dy = torch.randint(2 * shift + 1, (2,), generator=rng)
-        moved = F.pad(images[order], (shift,) * 4)[:, :, dy : dy + 28, dx : dx + 28]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+def train_classifier(network, images, labels, settings, attack=None):
+    """Train a classifier on images (N, 1, 28, 28) in [0, 1] with labels (N,) int64.
+
+    `settings` holds seed, epochs and lr, the highest step size of one cycle (Smith & Topin 2018,
+    arXiv 1708.07120); it may hold shift, by how many pixels images are moved at most, and the
+    labels' smoothing. With attack(network, images, labels) -> images, it trains on their result.
+    """
+    shift = settings.get("shift", 0)
+    n = len(images)
+    batch_size = min(128, n)
+    # a small data set is repeated until there are some 300 steps
+    epochs = max(settings["epochs"], 300 * batch_size // n)
+    stream = torch.Generator().manual_seed(settings["seed"])
+    batches = []
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=stream)[: n // batch_size * batch_size]
+        batches.extend(order.to(images.device).split(batch_size))
+    adam = AdamW(network.parameters(), weight_decay=0.01, fused=True)
+    schedule = OneCycleLR(adam, settings["lr"], len(batches), pct_start=0.2)
+    for batch in common.progress(batches, type(network).__name__, unit="step"):
+        y = labels[batch]
+        dx, dy = torch.randint(2 * shift + 1, (2,), generator=stream)
+        padded = F.pad(images[batch], (shift, shift, shift, shift))
+        inputs = padded[:, :, dy : dy + 28, dx : dx + 28]
+        with autocast(images.device):
             if attack:
-                moved = attack(network, moved, labels[order])
-            logits = network(moved)
-        loss = F.cross_entropy(logits.float(), labels[order], label_smoothing=smoothing)
+                inputs = attack(network, inputs, y)
+            logits = network(inputs).float()
+        loss = F.cross_entropy(logits, y, label_smoothing=settings.get("smoothing", 0))
         adam.zero_grad()
         loss.backward()
         adam.step()
         schedule.step()
 
 
-def kept_classifier(path, settings, network, fit):
-    """`network` with the weights at `path`; if there are none, or of other `settings` (plain
-    values), trained by `fit(network)` and saved there. Raises Failure for a foreign file."""
-    advice = "delete it, and a new one is trained"
-    kept = common.load_checkpoint(path, "classifier", advice) if path.exists() else {}
-    if kept.get("settings") != settings:
-        fit(network)
-        kept = {"kind": "classifier", "settings": settings, "network": network.state_dict()}
-        common.save_checkpoint(path, kept)
-    with common.advise(path, advice):
-        network.load_state_dict(kept["network"])
+def cached_classifier(path, network, images, labels, settings, attack=None):
+    """`network`, trained by `train_classifier` with these arguments, frozen and in eval mode.
+
+    If `path` was saved with equal `settings`, plain values that say all that shapes the weights,
+    they are loaded from there, else trained and saved. Raises Failure for a damaged file.
+    """
+    cached = {}
+    if path.exists():
+        advice = "delete it, and the classifier is trained again"
+        cached = common.load_checkpoint(path, advice, "classifier")
+        require_finite(path, cached, advice)
+    if cached.get("settings") != settings:
+        train_classifier(network, images, labels, settings, attack)
+        cached = {
+            "kind": "classifier",
+            "settings": settings,
+            "network": network.state_dict(),
+        }
+        with common.whole_file(path) as file:
+            torch.save(cached, file)
+    network.load_state_dict(cached["network"])
     return network.eval().requires_grad_(False)
 
 
-def digit_reader(out, dataset, images, labels):
-    """The reader for training images (N, 1, 28, 28), labels (N,), kept in `out`/reader.pt; one seed
-    for all. It learns the first five sixths, `learnt`; the distance's floor needs others."""
+def evaluation_classifier(out, dataset, images, labels):
+    """The evaluation classifier of a data set, cached in `out`/evaluation_classifier.pt.
+
+    It learns from the first `training_images` (N, 1, 28, 28) and their labels (N,). The last sixth,
+    at most 10,000, is held out: real digits that it has not seen.
+    """
     n = len(images) - min(10_000, len(images) // 6)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(READER["seed"])
-        reader = DigitReader().to(images.device)
-    reader.learnt = n
-    fit = functools.partial(train_classifier, images=images[:n], labels=labels[:n], **READER)
-    settings = {"network": "DigitReader", "dataset": dataset, "images": n, **READER}
-    return kept_classifier(out / "reader.pt", settings, reader, fit)
+    with torch.random.fork_rng(devices=[]):  # leaves the run's own random numbers alone
+        torch.manual_seed(EVALUATION["seed"])
+        network = EvaluationClassifier().to(images.device)
+    network.training_images = n
+    settings = {
+        "network": "EvaluationClassifier",
+        "dataset": dataset,
+        "images": n,
+        **EVALUATION,
+    }
+    path = out / "evaluation_classifier.pt"
+    return cached_classifier(path, network, images[:n], labels[:n], settings)
 
 
 @torch.no_grad()
 def predict(network, images):
-    """Logits or features of images (N, 1, 28, 28)."""
-    return in_parts(network, images)
+    """Logits of images (N, 1, 28, 28) in [0, 1]."""
+    return in_batches(network, images)
+
+
+def features(classifier, images):
+    """The evaluation classifier's features of images (N, 1, 28, 28): an array (N, 64)."""
+    return predict(classifier.features, images).cpu().numpy()
 
 
 def frechet(x, y):
-    """The Frechet distance of features x (N, D) to y (M, D), in NumPy."""
-    x, y = ((z.mean(0, dtype=np.float64), np.cov(z, rowvar=False)) for z in (x, y))
-    return common.frechet_distance(*x, *y)
+    """The Frechet distance of features x (N, D) and y (M, D), two arrays."""
+    covariance_x = np.cov(x, rowvar=False)
+    covariance_y = np.cov(y, rowvar=False)
+    mean_x = x.mean(0, dtype=np.float64)
+    mean_y = y.mean(0, dtype=np.float64)
+    return common.frechet_distance(mean_x, covariance_x, mean_y, covariance_y)
 
 
-def reader_distance(reader, *both):
-    """The Frechet distance of two sets of images in the reader's features; it is not FID."""
-    return frechet(*(predict(reader.features, images).cpu().numpy() for images in both))
+def measure(generator, labels, seed, classifier, test_features):
+    """Draw images (N, 1, 28, 28) of labels (N,); returns them and their two measures."""
+    images = generate(generator, labels, seed)
+    if not images.isfinite().all():
+        raise common.Failure(DIVERGED)
+    hits = predict(classifier, images).argmax(1) == labels
+    distance = frechet(features(classifier, images), test_features)
+    accuracy = common.wilson(hits.sum(), len(hits))
+    return images, {"class_accuracy": accuracy, "frechet_distance": distance}
 
 
-def measure(training, args, reader, images, labels, test_images, test_labels):
-    """The samples (N, 1, 28, 28), classes equally often, and the numbers of the report.
+def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
+    """Draw the samples (N, 1, 28, 28), classes equally often; returns them and the results.
 
-    The headline distance is that of a second set, with the classes of real images that the reader
-    has not learnt; its floor is that of these images.
+    The Frechet distance is that of other samples, which have the classes of the held-out real
+    images. The distance of these images themselves is what it can be compared with.
     """
-    n, first = args.samples, reader.learnt
-    asked = torch.arange(n, device=images.device) % CLASSES
-    real_images, real_labels = images[first:][:n], labels[first:][:n]
-    samples = generate(training.average, asked, args.seed)
-    natural = generate(training.average, real_labels, args.seed)
-    distance = reader_distance(reader, natural, test_images)
-    floor = reader_distance(reader, real_images, test_images)
-    right = predict(reader, test_images).argmax(1) == test_labels
-    hits = predict(reader, samples).argmax(1) == asked
-    return samples, {
-        "steps": training.done["steps"],
-        "training_seconds": training.done["seconds"],
-        "steps_per_second": training.done["steps"] / training.done["seconds"],
-        "reader_right_on_test_images": common.wilson(right.sum(), len(right)),
-        "asked_class_read": common.wilson(hits.sum(), n),
-        "reader_frechet_distance": distance,
-        "reader_frechet_distance_floor": floor,
-        "reader_frechet_distance_over_floor": distance / floor,
-    }
+    n = classifier.training_images
+    held_out = slice(n, n + args.samples)
+    test_features = features(classifier, test_images)
+    real_distance = frechet(features(classifier, images[held_out]), test_features)
+    real_labels = labels[held_out]
+    _, matched = measure(generator, real_labels, args.seed, classifier, test_features)
+    requested = torch.arange(args.samples, device=images.device) % CLASSES
+    samples, results = measure(generator, requested, args.seed, classifier, test_features)
+    results["frechet_distance"] = matched["frechet_distance"]
+    results["frechet_distance_real"] = real_distance
+    results["frechet_ratio"] = matched["frechet_distance"] / real_distance
+    correct = predict(classifier, test_images).argmax(1) == test_labels
+    results["evaluation_accuracy"] = common.wilson(correct.sum(), len(correct))
+    return samples, results
 
 
 def save_samples(path, images, labels, **more):
     """Write images (N, 1, 28, 28) in [0, 1] as uint8 (N, 28, 28), labels and more (N,) int64."""
     arrays = {"images": (images[:, 0] * 255).round().byte(), "labels": labels, **more}
-    arrays = {name: x.cpu().numpy() for name, x in arrays.items()}
-    common.write_file(path, lambda file: np.savez_compressed(file, **arrays))
+    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    with common.whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def grid(images, columns):
+    """A PIL image of digits (N, 1, 28, 28) in [0, 1], each of their pixels three wide."""
+    large = F.interpolate(images, scale_factor=3)
+    page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
+    page = (page * 255).round().byte()
+    return to_pil_image(page.cpu())
 
 
 def save_grid(path, images, columns):
-    """Write a page of digits (N, 1, 28, 28) in [0, 1], each pixel three wide, as PNG."""
-    large = F.interpolate(images, scale_factor=3)
-    page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
-    common.write_file(path, lambda file: torchvision.utils.save_image(page, file, "png"))
+    """Write the `grid` of digits (N, 1, 28, 28) in [0, 1] as PNG."""
+    with common.whole_file(path) as file:
+        grid(images, columns).save(file, "png")
 
 
-def plot(y_label, x_label, series, joined=True):
-    """A picture, 430 x 330 pixels, of series {name: (x, y)}, sequences of numbers from 0 up."""
+def figure(generated, real):
+    """The log's figure: 32 generated digits above 32 real ones with their labels."""
+    caption = torch.zeros_like(real[:8])
+    page = grid(torch.cat([caption, generated, caption, real]), 8)
+    ink = ImageDraw.Draw(page)
+    ink.font = ImageFont.load_default(36)
+    ink.text((9, 20), "generated", "white")
+    ink.text((9, 450), "real, with the same labels", "white")
+    return page
+
+
+def round_ticks(values):
+    """Up to seven numbers, 1, 2, 2.5 or 5 times 10^k apart, that enclose lists of values."""
+    values = np.hstack(values)
+    low = values.min()
+    high = values.max()
+    if low == high:
+        low = high - 1
+    powers = 10.0 ** np.arange(-9, 10)
+    steps = np.outer(powers, [1, 2, 2.5, 5]).flatten()
+    step = steps[steps >= (high - low) / 5][0]
+    # a value that is a tick itself must not get another one beyond it by rounding
+    first = np.floor(low / step + 1e-6)
+    last = np.ceil(high / step - 1e-6)
+    return step * np.arange(first, last + 1)
+
+
+def plot(y_label, x_label, curves):
+    """A PIL image, 430 x 330, of curves {name: (xs, ys)} between axes that end at round numbers."""
     page = Image.new("RGB", (430, 330), "white")
-    ink, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    top_x, top_y = (max(max(xy[axis]) for xy in series.values()) or 1 for axis in (0, 1))
-
-    def place(x, y):
-        return 50 + 350 * x / top_x, 280 - 230 * y / top_y
-
-    ink.text((225, 326), x_label, "black", font, "mb")
-    ink.text((8, 40), y_label, "black", font, "lb")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = place(share * top_x, share * top_y)
-        ink.line((50, y, 400, y), "lightgrey")
-        ink.text((45, y), f"{share * top_y:.3g}", "black", font, "rm")
-        ink.text((x, 286), f"{share * top_x:.3g}", "black", font, "mt")
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour, points = f"hsl({360 * i // len(series)}, 80%, 40%)", [*map(place, xs, ys)]
-        if joined:
-            ink.line(points, colour, 2)
-        for x, y in points:
-            ink.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        ink.text((60, 70 + 15 * i), name, colour, font)
+    ink = ImageDraw.Draw(page)
+    ink.font = ImageFont.load_default(12)
+    top = 50 + 16 * (len(curves) // 2)  # below a legend of two columns
+    bottom = 285
+    x_ticks = round_ticks([xs for xs, _ in curves.values()])
+    y_ticks = round_ticks([ys for _, ys in curves.values()])
+    x_pixels = np.linspace(60, 410, len(x_ticks))
+    y_pixels = np.linspace(bottom, top, len(y_ticks))
+    ink.text((8, 6), y_label, "black")
+    ink.text((235, 326), x_label, "black", anchor="mb")
+    for x, tick in zip(x_pixels, x_ticks, strict=True):
+        ink.line((x, top, x, bottom), "lightgrey")
+        ink.text((x, 291), f"{tick:g}", "black", anchor="mt")
+    for y, tick in zip(y_pixels, y_ticks, strict=True):
+        ink.line((60, y, 410, y), "lightgrey")
+        ink.text((54, y), f"{tick:g}", "black", anchor="rm")
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        colour = f"hsl({360 * i // len(curves)}, 80%, 40%)"
+        ink.text((60 + 180 * (i % 2), 24 + 16 * (i // 2)), name, colour)
+        x = np.interp(xs, x_ticks, x_pixels)
+        y = np.interp(ys, y_ticks, y_pixels)
+        points = list(zip(x, y, strict=True))
+        ink.line(points, colour, 2)
+        for point in points:
+            ink.circle(point, 3, colour)
     return page
 
 
 def draw(args, device):
-    """--sample: draw digits with the checkpoint's averaged generator."""
-    path, training = args.out / "checkpoint.pt", Training(args, device)
-    training.load(path, common.load_checkpoint(path, "acwgan", ANEW))
+    """--sample: draw digits with the averaged generator of the checkpoint."""
+    path = args.out / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    shape = {"latent": args.latent, "width": args.width, "image_size": args.image_size}
+    common.require_same(path, checkpoint["settings"], shape)
+    generator = Generator(**shape).to(device).eval()
+    generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:
         labels.fill_(args.digit)
-    images = generate(training.average, labels, args.seed)
+    images = generate(generator, labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
     save_grid(args.out / "drawn.png", images[:1000], 20)
-    print(f"{args.out} holds drawn.npz and drawn.png, {len(images):,} digits")
-    return images
+    print(f"{args.sample} digits are in drawn.npz and drawn.png in {args.out}")
 
 
 def main(argv=None):
-    """Train, sample, measure, write it all into --out; returns what results.json holds."""
+    """Train, draw samples, measure, write the files; returns what results.json holds."""
+    start_time = time.time()
     args = settings(argv)
     device = common.pick_device(args.device)
-    common.make_folder(args.out)
     if args.sample:
         return draw(args, device)
-    dataset, images, labels = common.load_digits(args.dataset, args.data, True, args.limit)
-    least = max(args.batch_size, 12)  # a sixth of 12 is held out, and a covariance needs two
-    if len(images) < least:
-        raise common.Failure(f"{len(images)} images, batch size {args.batch_size} needs {least}", 2)
-    facts = {"dataset": dataset, "dataset_size": len(images)}
-    kept = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
-    kept |= {"data": str(args.data), **facts}
-    shaping = {name: value for name, value in kept.items() if name not in MAY_DIFFER}
-    path = args.out / "checkpoint.pt"
-    checkpoint = starting_point(path, "acwgan", shaping, args)
-    training = Training(args, device)
-    if checkpoint:
-        training.load(path, checkpoint)
-    weights = args.data / common.INCEPTION
-    if args.inception:  # a damaged file is better known now
-        common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-        common.inception_features(images[:1], weights)
-    test = common.load_digits(dataset, args.data, False)[1:]
-    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, *test))
-    reader = digit_reader(args.out, dataset, images, labels)
+    with common.hold(args.out):
+        dataset, images, labels = common.load_digits(
+            args.dataset, args.data, True, args.limit
+        )
+        n = len(images)
+        if n < max(
+            args.batch_size, 12
+        ):  # a covariance needs two, a sixth, held-out images
+            raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
+        checkpoint = open_checkpoint(args, dataset, n)
+        _, test_images, test_labels = common.load_digits(dataset, args.data, False)
+        if args.inception:  # before the training, so that damaged weights are noticed
+            weights = Path(args.data, common.INCEPTION)
+            common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+            test_inception = common.inception_features(test_images, weights, device)
+        images = images.to(device)
+        labels = labels.to(device)
+        test_images = test_images.to(device)
+        test_labels = test_labels.to(device)
+        classifier = evaluation_classifier(args.out, dataset, images, labels)
 
-    def look(generator):
-        asked = torch.arange(1000, device=device) % CLASSES
-        drawn = generate(generator, asked, args.seed)
-        read = (predict(reader, drawn).argmax(1) == asked).float().mean().item()
-        return {"read": read, "distance": reader_distance(reader, drawn, test_images[:1000])}
+        generator = train(args, checkpoint, images, labels, classifier, test_images)
 
-    train(training, args, kept, images, labels, look)
-    samples, numbers = measure(training, args, reader, images, labels, test_images, test_labels)
-    if args.inception:
-        both = (common.inception_features(x, weights, device) for x in (samples, test_images))
-        numbers["fid"] = frechet(*both)
-    common.print_table((f"week 1 on {dataset}, in {args.out}", ""), numbers.items())
-    numbers["curve"] = training.done["curve"]
-    page = Image.new("RGB", (860, 330))
-    for i, key in enumerate(("read", "distance")):
-        curve = [[row[axis] for row in training.done["curve"]] for axis in ("epochs", key)]
-        page.paste(plot(f"{key}, of 1,000 digits", "epochs", {"": curve}), (430 * i, 0))
-    common.write_file(args.out / "curves.png", lambda file: page.save(file, "png"))
-    save_samples(args.out / "samples.npz", samples, torch.arange(len(samples)) % CLASSES)
-    blank = torch.full_like(samples[:8], 0.3)
-    real = [test_images[test_labels == digit][:4] for digit in range(CLASSES)]
-    page = torch.cat([samples[:32], blank, torch.stack(real, 1).flatten(0, 1)[:32]])
-    save_grid(args.out / "AC-WGAN_GP.png", page, 8)
-    return common.write_results(args, numbers, **facts, device=str(device))
+        digits = (images, labels, test_images, test_labels)
+        samples, results = evaluate(args, generator, classifier, *digits)
+        if args.inception:
+            samples_inception = common.inception_features(samples, weights, device)
+            results["fid"] = frechet(samples_inception, test_inception)
+        requested = torch.arange(args.samples) % CLASSES
+        save_samples(args.out / "samples.npz", samples, requested)
+        generated = generate(generator, test_labels[:32], args.seed)
+        with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
+            figure(generated, test_images[:32]).save(file, "png")
+        curves = Image.new("RGB", (860, 330))
+        epochs = [point["epochs"] for point in checkpoint["curve"]]
+        for i, name in enumerate(("class_accuracy", "frechet_distance")):
+            values = [point[name] for point in checkpoint["curve"]]
+            curve = {"generated digits": (epochs, values)}
+            curves.paste(plot(name.replace("_", " "), "epochs", curve), (430 * i, 0))
+        with common.whole_file(args.out / "curves.png") as file:
+            curves.save(file, "png")
+        record = common.write_results(
+            args,
+            results,
+            dataset=dataset,
+            dataset_size=n,
+            device=str(device),
+            steps=checkpoint["steps"],
+            training_seconds=checkpoint["seconds"],
+            steps_per_second=checkpoint["steps"] / checkpoint["seconds"],
+            curve=checkpoint["curve"],
+            seconds=time.time() - start_time,
+        )
+    common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
+    return record
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "interrupted; continue with --resume")

@@ -1,111 +1,149 @@
 """Weeks 3 to 5: the multi-label classifier that the log attacked.
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
-et al. 2020, arXiv 2009.14119). The inplace_abn that ASL pinned gave attackers a wrong gradient, a
-possible cause of what the log saw: see `inplace_abn_1_0_12`.
+et al. 2020, arXiv 2009.14119). ASL's repository pinned a version of the package inplace_abn that
+gives attackers a wrong gradient: see `inplace_abn_1_0_12`.
 
-    python asl_model.py --image photo.jpg           the labels present, by the published TResNet-M
-    python asl_model.py --evaluate --dataset coco   mAP, precision and recall
-    python asl_model.py --train --dataset scenes    a classifier, in minutes (coco: a TResNet-M)
+    python asl_model.py --image photo.jpg           print the labels of a photo
+    python asl_model.py --evaluate --dataset coco   measure mAP, precision and recall
+    python asl_model.py --train --arch resnet18     train on COCO; half an hour per epoch on a CPU
+    python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue a training that was stopped
 
-Writes into --out: results.json; with --train checkpoint.pt, history.csv (loss and mAP) and the best
-network, <arch>-<dataset>.pth, which --weights takes.
+Writes results.json into --out; --train also checkpoint.pt, history.csv and the network with the
+best mAP on images held out of training, <arch>-<dataset>.pth. OP is the share of predicted labels
+that are right, OR that of present labels that are predicted.
 """
 
+import collections
+import concurrent.futures
 import copy
-import difflib
+import functools
 import math
 import os
-import re
-import runpy
 import time
-from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import ImageDraw
+import torchvision
+from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, StackDataset
-from torchvision import models, transforms
-from torchvision.ops import SqueezeExcitation
+from torch.nn import functional as F
 from torchvision.transforms import RandAugment
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.transforms.functional import normalize
 
-import acwgan
 import common
 
-# blocks of the four stages, width (of 64 channels), pixels, file in ZOO
+
+class Architecture(NamedTuple):
+    """A network, and the defaults of its training."""
+
+    image_size: int  # pixels
+    epochs: int
+    batch_size: int
+    lr: float
+    features: int  # inputs of the last layer
+    blocks: tuple = ()  # in TResNet's four stages
+    width: int = 64  # channels of TResNet's first stage
+    file: str = ""  # published weights, MS_COCO_<file>.pth in ZOO
+
+
 ARCHITECTURES = {
-    "tresnet_s": ((2, 3, 1, 1), 0.25, 64, None),
-    "tresnet_m": ((3, 4, 11, 3), 1.0, 224, "MS_COCO_TRresNet_M_224_81.8.pth"),
-    "tresnet_l": ((4, 5, 18, 3), 1.2, 448, "MS_COCO_TRresNet_L_448_86.6.pth"),
-    "tresnet_xl": ((4, 5, 24, 3), 1.3, 640, "MS_COCO_TResNet_xl_640_88.4.pth"),
+    "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1), 16),
+    "tresnet_m": Architecture(
+        224, 60, 16, 1e-3, 2048, (3, 4, 11, 3), 64, "TRresNet_M_224_81.8"
+    ),
+    "tresnet_l": Architecture(
+        448, 60, 16, 1e-3, 2432, (4, 5, 18, 3), 76, "TRresNet_L_448_86.6"
+    ),
+    "tresnet_xl": Architecture(
+        640, 60, 16, 1e-3, 2656, (4, 5, 24, 3), 83, "TResNet_xl_640_88.4"
+    ),
+    "resnet18": Architecture(128, 3, 64, 2e-4, 512),  # torchvision's
+    "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
-DEFAULTS = {  # of --train; gamma_pos is ASL's, coco's as in the log
-    "scenes": {"arch": "tresnet_s", "epochs": 13, "batch_size": 64, "lr": 5e-3, "gamma_pos": 1},
-    "coco": {"arch": "tresnet_m", "epochs": 60, "batch_size": 16, "lr": 1e-3, "gamma_pos": 0},
-}
-# what a checkpoint must match to be resumed or overwritten
-SHAPING = (*DEFAULTS["coco"], "dataset", "digits", "split", "limit", "image_size", "seed")
-AVERAGE = 0.99  # decay per step of the averaged network [0.9997]
-EPOCH = 10_000  # new scenes in every epoch
-SAVE_EVERY = 60  # seconds between checkpoints
-ANEW = "train anew with --force, or choose another --out"
+OUT = Path("runs/asl_model")
+DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
+GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
+HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
+SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
+MOST_DIGITS = 5  # in a scene
+AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
+EVALUATIONS = 10  # in a training
+SAVE_EVERY = 200  # steps
+ANEW = "train anew with --force"
+OTHER_FILE = "name another file with --weights"
+TRAIN_IT = "python asl_model.py --train --dataset coco --arch resnet18"
+TRAINING_TIME = "half an hour per epoch on two CPU cores"
 
 
 def settings(argv=None):
-    """The flags [the ASL repository's value]; --resume takes the defaults from the checkpoint."""
-    out, limit = Path("runs/asl_model"), "only the first N photos, or N scenes in an epoch"
-    p = common.parser(__doc__, out, "coco", tuple(DEFAULTS), "images and labels", limit, True)
-    p.epilog = "\n".join(f"--train on {name} takes {x}" for name, x in DEFAULTS.items())
-    add, count, positive = p.add_argument, common.count, common.positive
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--image", type=Path, metavar="FILE", help="say what is in this photo")
-    mode.add_argument("--evaluate", action="store_true", help="measure on --dataset")
-    mode.add_argument("--train", action="store_true", help="train on --dataset, from nothing")
-    add("--weights", type=Path, metavar="FILE", help="otherwise published, or scenes' own")
-    add("--arch", choices=ARCHITECTURES, help="published, or to train")
-    add("--image-size", type=count(32), metavar="N", help="in pixels; otherwise the weights' own")
-    add("--threshold", type=positive, default=0.5, help="a label is present above this [0.8]")
-    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
-    add("--split", choices=("val2017", "train2017"), help="of coco (val2017; --train: train2017)")
-    add("--epochs", type=count(1), help="passes over the images")
-    add("--batch-size", type=count(2), help="images per step [128]")
-    add("--lr", type=positive, help="Adam's largest step size [1e-4]")
+    """The flags, with all defaults resolved; --resume takes them from the checkpoint in --out."""
+    limit_help = "use only the first N photos, or N scenes, of each split"
+    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit_help)
+    p.epilog = """defaults that depend on the network:
+  tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
+  tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
+  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4"""
+    add = p.add_argument
+    add("--image", metavar="FILE", help="print the labels of this photo")
+    add("--evaluate", action="store_true", help="measure a network on --dataset")
+    add("--train", action="store_true", help="train a network on --dataset")
+    add("--resume", action="store_true", help="continue the training in --out")
+    text = "default: the one of --weights; to --train tresnet_m, on scenes tresnet_s"
+    add("--arch", choices=ARCHITECTURES, help=text)
+    text = (
+        f"checkpoint; default: what --train left in {OUT}, else the published one; with "
+    )
+    text += (
+        "--train the start; default: ImageNet's weights for a resnet, else random ones"
+    )
+    add("--weights", metavar="FILE", help=text)
+    size = common.number(int, 32, 1024)
+    add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
+    text = "a label is present where its probability is larger; ASL's code has 0.8"
+    add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
+    text = "part of coco that judges the network; default: val2017"
+    add("--split", choices=("val2017", "train2017"), help=text)
+    add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
+    text = "images in a step, or measured at once; default: 32"
+    add("--batch-size", type=common.number(int, 2), help=text)
+    add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
+
     args = p.parse_args(argv)
+    for path in (args.image, args.weights):
+        if path and not Path(path).is_file():
+            p.error(f"there is no file {path}")
+    p.set_defaults(batch_size=32)
     if args.resume:
         path = args.out / "checkpoint.pt"
-        if not path.exists():
-            p.error(f"there is no {path}; train first, or name its folder with --out")
-        with common.advise(path, ANEW):
-            made = common.load_checkpoint(path, "asl_model", ANEW)["settings"]
-            p.set_defaults(train=True, **made)
+        if args.force or not path.is_file():
+            p.error(f"--resume continues {path}, which must exist; --force starts anew")
+        checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+        p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
-        p.set_defaults(**DEFAULTS[args.dataset])
+        arch = args.arch or DEFAULT_ARCH[args.dataset]
+        row = ARCHITECTURES[arch]
+        p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
+        p.set_defaults(batch_size=row.batch_size, lr=row.lr)
     args = p.parse_args(argv)
-    scenes, modes = args.dataset == "scenes", (bool(args.image), args.evaluate, args.train)
-    has_weights = args.train or args.weights or (args.arch != "tresnet_s" and not scenes)
-    for wrong, text in (
-        (modes.count(True) != 1, "one of --image, --evaluate and --train is required"),
-        (args.train and args.weights, "--weights goes with --image or --evaluate"),
-        (scenes and args.split, "--split goes with --dataset coco"),
-        (args.arch and not has_weights, f"no weights of {args.arch} are published; use --weights"),
-        (args.threshold >= 1, "--threshold must lie below 1"),
-        ((args.image_size or 4) % 4, "--image-size must be a multiple of 4"),
-    ):
-        if wrong:
-            p.error(text)
-    if args.train:
-        args.image_size = args.image_size or ARCHITECTURES[args.arch][2]
-    if scenes:
-        args.digits = common.load_digits(args.digits, args.data, True, 1)[0]
-    else:
-        args.split = args.split or ("train2017" if args.train else "val2017")
+    if [bool(args.image), args.evaluate, args.train].count(True) != 1:
+        p.error("one of --image, --evaluate, --train and --resume is required")
+    if args.split and args.dataset == "scenes":
+        p.error("--split goes with --dataset coco")
+    if args.image_size and args.image_size % 4:
+        p.error("--image-size must be a multiple of 4")
+    if args.arch and not (args.train or args.weights or ARCHITECTURES[args.arch].file):
+        p.error(f"no weights of {args.arch} are published; name a file with --weights")
+    if args.out == OUT and not args.train:
+        args.out = Path("runs/asl_model_evaluation")  # a training's record stays
     return args
+
+
+# --- networks
 
 
 class NormAct(nn.Module):
@@ -122,8 +160,10 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x):
-        moments = self.running_mean, self.running_var
-        x = F.batch_norm(x, *moments, self.weight, self.bias, self.training, 0.1, self.eps)
+        moments = (self.running_mean, self.running_var)
+        x = F.batch_norm(
+            x, *moments, self.weight, self.bias, self.training, 0.1, self.eps
+        )
         return x if self.slope == 1 else F.leaky_relu(x, self.slope, inplace=True)
 
 
@@ -140,39 +180,41 @@ class BlurPool(nn.Module):
     """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486)."""
 
     def forward(self, x):
-        # two means of 2x2: a depthwise convolution's backward pass is slow on a CPU
-        return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 2, 1), 2)
-
-
-def strided(conv, stride):
-    return nn.Sequential(conv, BlurPool()) if stride == 2 else conv
+        # Two means of 2x2: a depthwise convolution is slow on a CPU. Means that leave out what
+        # lies outside reflect the edge; torch's own reflection is not deterministic on CUDA.
+        return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2, padding=1, count_include_pad=False)
 
 
 class Block(nn.Module):
     """A residual block: two 3x3 convolutions or, as a bottleneck, 1x1, 3x3 and 1x1."""
 
-    def __init__(self, c_in, planes, stride, excite, bottleneck):
+    def __init__(self, c_in, c_out, stride, excite, bottleneck):
         super().__init__()
-        c_out = 4 * planes if bottleneck else planes
+        planes = c_out // 4 if bottleneck else c_out
         self.downsample = nn.Sequential()
         if stride == 2:
-            self.downsample.append(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False))
-        if stride == 2 or c_in != c_out:
+            pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+            self.downsample.append(pool)
+        if c_in != c_out:
             self.downsample.append(ConvNorm(c_in, c_out, 1))
-        if bottleneck:
-            self.conv1 = ConvNorm(c_in, planes, 1, 1e-3)
-            self.conv2 = strided(ConvNorm(planes, planes, 3, 1e-3), stride)
-        else:
-            self.conv1 = strided(ConvNorm(c_in, planes, 3, 1e-3), stride)
-            self.conv2 = ConvNorm(planes, planes, 3)
-        hidden = max(planes // (2 if bottleneck else 4), 64)
-        self.se = SqueezeExcitation(planes, hidden) if excite else nn.Identity()
+        kernel = 1 if bottleneck else 3
+        self.conv1 = ConvNorm(c_in, planes, kernel, 1e-3)
+        self.conv2 = ConvNorm(planes, planes, 3, 1e-3 if bottleneck else 1.0)
         self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
         last = self.conv3 if bottleneck else self.conv2
         nn.init.zeros_(last[1].weight)  # at first a block hands on its input
+        self.se = nn.Identity()
+        if excite:
+            hidden = max(planes // (2 if bottleneck else 4), 64)
+            self.se = torchvision.ops.SqueezeExcitation(planes, hidden)
+        if stride == 2 and bottleneck:
+            self.conv2 = nn.Sequential(self.conv2, BlurPool())
+        elif stride == 2:
+            self.conv1 = nn.Sequential(self.conv1, BlurPool())
 
     def forward(self, x):
-        residual = self.conv3(self.se(self.conv2(self.conv1(x))))
+        residual = self.conv2(self.conv1(x))
+        residual = self.conv3(self.se(residual))
         return (residual + self.downsample(x)).relu_()
 
 
@@ -181,24 +223,28 @@ class TResNet(nn.Module):
 
     def __init__(self, arch, num_classes=80):
         super().__init__()
-        blocks, width, self.image_size, _ = ARCHITECTURES[arch]
+        row = ARCHITECTURES[arch]
         self.arch = arch
-        channels = planes = int(64 * width)
-        body = OrderedDict(conv1=ConvNorm(48, planes, 3, 1e-2))
-        for stage, depth in enumerate(blocks, 1):
-            layer = body[f"layer{stage}"] = nn.Sequential()
-            for i in range(depth):
-                stride = 2 if stage > 1 and i == 0 else 1
-                layer.append(Block(channels, planes, stride, stage < 4, bottleneck=stage > 2))
-                channels = 4 * planes if stage > 2 else planes
-            planes *= 2
-        self.body = nn.Sequential(body)
-        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels, num_classes)))
+        self.image_size = row.image_size
+        c_in = row.width
+        self.body = nn.Sequential()
+        self.body.add_module("conv1", ConvNorm(48, c_in, 3, 1e-2))
+        for stage, wider in enumerate((1, 2, 16, 32)):
+            c_out = wider * row.width
+            layer = nn.Sequential()
+            for i in range(row.blocks[stage]):
+                stride = 2 if stage > 0 and i == 0 else 1
+                layer.append(Block(c_in, c_out, stride, stage < 3, stage > 1))
+                c_in = c_out
+            self.body.add_module(f"layer{stage + 1}", layer)
+        self.head = nn.Sequential()
+        self.head.add_module("fc", nn.Linear(row.features, num_classes))
         nn.init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
         # the stem: 4x4 pixels become one of 48 channels, those of a pixel side by side
-        x = F.pixel_unshuffle(images, 4).unflatten(1, (3, 16)).transpose(1, 2).flatten(1, 2)
+        x = F.pixel_unshuffle(images, 4).unflatten(1, (3, 16))
+        x = x.transpose(1, 2).flatten(1, 2)
         x = self.body(x.contiguous(memory_format=torch.channels_last))
         return self.head(x.mean((2, 3)))
 
@@ -206,417 +252,694 @@ class TResNet(nn.Module):
 tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's files
 
 
+def normalise(_, inputs):
+    """Scale images by ImageNet's mean and deviation, as torchvision's weights expect."""
+    images = normalize(inputs[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def new_network(arch, num_classes):
+    """A network of random weights: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes)."""
+    if ARCHITECTURES[arch].blocks:
+        return tresnet(arch, num_classes)
+    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    network.register_forward_pre_hook(normalise)
+    network.arch = arch
+    network.image_size = ARCHITECTURES[arch].image_size
+    return network
+
+
 @torch.no_grad()
 def fold(network):
-    """A copy of a `TResNet`, norms folded into convolutions: equal logits, no weight's gradient."""
+    """A frozen copy in eval mode; a `TResNet`'s norms are folded into its convolutions.
+
+    The logits are equal, up to rounding. A ResNet's norms stay as they are.
+    """
     device = next(network.parameters()).device
     network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            bias = norm.bias - norm.running_mean * scale
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            conv.bias = nn.Parameter((norm.bias - norm.running_mean * scale).to(norm.bias.dtype))
-            module[1] = nn.Identity() if norm.slope == 1 else nn.LeakyReLU(norm.slope, inplace=True)
+            conv.bias = nn.Parameter(bias.to(norm.bias.dtype))
+            module[1] = nn.Identity()
+            if norm.slope != 1:
+                module[1] = nn.LeakyReLU(norm.slope, inplace=True)
     return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
-class SkipActivations(torch.overrides.TorchFunctionMode):
-    """Within, leaky ReLUs, and ReLUs of a batch norm, are the identity in backward passes."""
+# --- the gradient of inplace_abn v1.0.12
 
-    relus = F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_
+
+class SkippedDerivative(torch.autograd.Function):
+    """An activation, in place or not, whose backward pass hands on the gradient as it comes."""
+
+    @staticmethod
+    def forward(ctx, x, function, args, kwargs):
+        result = function(*args, **kwargs)
+        if result is x:
+            ctx.mark_dirty(x)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # the fault of v1.0.12, rebuilt on purpose: the activation's derivative is missing
+        return gradient, None, None, None
+
+
+def mark_normalised(_module, _inputs, output):
+    """Mark the output of a batch norm, as it is now: operations in place raise its version."""
+    output.normalised_version = output._version
+    return output
+
+
+class SkipDerivatives(torch.overrides.TorchFunctionMode):
+    """Within, the `first` activations (None: all) skip their derivative in the backward pass.
+
+    Counted are those that InPlace-ABN could have replaced: every leaky ReLU and ELU, and a ReLU
+    that takes the very output of a batch norm.
+    """
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+        self.places = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        follows_norm = function in self.relus and getattr(args[0], "is_normalised", False)
-        if function is F.leaky_relu or follows_norm:
-            x, value = args[0], args[0].detach()
-            return function(value.clone(), **kwargs) + (x - value)  # plus zero, of gradient 1
-        result = function(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            # overwritten by a sum in place, as torchvision's blocks make of a norm's output
-            result.is_normalised = function is F.batch_norm
-        return result
+        name = getattr(function, "__name__", "").removesuffix("_")
+        if name == "batch_norm":
+            return mark_normalised(None, None, function(*args, **kwargs))
+        if name in ("relu", "leaky_relu", "elu") and self.places != self.first:
+            x = args[0] if args else kwargs["input"]
+            if name != "relu" or getattr(x, "normalised_version", None) == x._version:
+                self.places += 1
+                return SkippedDerivative.apply(x, function, args, kwargs)
+        return function(*args, **kwargs)
 
 
-def inplace_abn_1_0_12(model):
-    """A copy of `model` in eval mode with its logits and the gradient of inplace_abn v1.0.12.
+class InplaceABN1012(nn.Module):
+    """What `inplace_abn_1_0_12` returns."""
+
+    def __init__(self, network, first):
+        super().__init__()
+        self.network = network
+        self.first = first
+        self.places = 0
+        self.is_checked = False
+
+    def forward(self, images):
+        if torch.is_inference_mode_enabled():  # there is no gradient to imitate
+            return self.network(images)
+        plain = None
+        if not self.is_checked:
+            plain = self.network(images.clone())
+        with SkipDerivatives(self.first) as mode:
+            logits = self.network(images)
+        if plain is not None and not torch.allclose(logits, plain, 1e-4, 1e-4):
+            text = "inplace_abn v1.0.12 cannot be imitated for this network"
+            raise common.Failure(f"{text}: its logits change")
+        self.is_checked = True
+        self.places = mode.places
+        return logits
+
+
+def inplace_abn_1_0_12(model, first=None):
+    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
     The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
-    gradient behind the activation, where `dy`, the one before it, is meant: the derivative of a
-    leaky ReLU, here also of a ReLU that takes the very output of a batch norm, is skipped."""
-    model = copy.deepcopy(model).eval()
-    forward = model.forward
+    gradient behind the activation, where `dy`, the one before it, is meant: the activation's
+    derivative is skipped. Here it is skipped at the `first` of the places where InPlace-ABN could
+    have been (see `SkipDerivatives`); the copy's `places` is at how many, in its last forward pass.
+    Its logits are the same, which the first batch checks: else Failure, as for a network that is
+    scripted or traced, or cannot be copied.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        text = "a scripted or traced network hides its activations"
+        raise common.Failure(f"{text}; pass the network that it was made from", 2)
+    try:
+        model = copy.deepcopy(model).eval()
+    except (TypeError, RuntimeError) as problem:
+        text = f"the network cannot be copied ({problem})"
+        raise common.Failure(f"{text}; use its right gradient", 2) from None
+    for module in model.modules():
+        if type(module).__name__ == "FrozenBatchNorm2d":  # no F.batch_norm, but a product
+            module.register_forward_hook(mark_normalised)
+    return InplaceABN1012(model, first)
 
-    def pinned(images):
-        with SkipActivations():
-            return forward(images)
 
-    model.forward = pinned
-    return model
+# --- weights
 
 
 def published(arch, data_dir):
-    """The path of the published weights of `arch`, downloaded if absent."""
-    file = ARCHITECTURES[arch][3]
-    return common.download(ZOO + file, Path(data_dir) / file)
+    """The path of the weights that ASL's authors published for `arch`, downloaded if absent."""
+    file = f"MS_COCO_{ARCHITECTURES[arch].file}.pth"
+    return common.download(ZOO + file, Path(data_dir, file))
+
+
+def coco_weights(data_dir):
+    """The path of the newest classifier of COCO that --train left in OUT, else the published one.
+
+    Raises Failure, which says how to train one, if that can't be downloaded.
+    """
+    own = sorted(OUT.glob("*-coco.pth"), key=os.path.getmtime)
+    if own:
+        return own[-1]
+    try:
+        return published("tresnet_m", data_dir)
+    except common.Failure as problem:
+        text = f"no classifier of COCO is here; train one, {TRAINING_TIME}: {TRAIN_IT}"
+        raise common.Failure(f"{text} (of the published one: {problem})") from None
+
+
+def state_dict_of(content, path="the checkpoint"):
+    """The state dict in a checkpoint: bare, "model" or "state_dict", and without "module.".
+
+    Raises Failure, which names `path`, if it is none, or if a weight is NaN or infinite.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    state = {}
+    for name, x in content.items():
+        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
+            raise common.Failure(f"{path}: {name} is no finite tensor; {OTHER_FILE}")
+        state[str(name).removeprefix("module.")] = x
+    return state
 
 
 def inplace_abn_gammas(state):
     """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
 
     InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
-    its scale must not be zero; the eps is the one beside the variance."""
-    gammas = {name.replace("running_mean", "weight") for name in state if "running_mean" in name}
-    return {k: x.float().abs() + NormAct.eps if k in gammas else x for k, x in state.items()}
+    its scale must not be zero.
+    """
+    converted = dict(state)
+    for name in state:
+        if name.endswith("running_mean"):
+            gamma = name.replace("running_mean", "weight")
+            converted[gamma] = state[gamma].float().abs() + NormAct.eps
+    return converted
+
+
+def class_names_of(content, n, path):
+    """The names of a checkpoint's `n` outputs, in their order."""
+    table = content.get("idx_to_class")
+    if table is None and n == 80:
+        print(f"{path} has no class names; its 80 outputs are taken for COCO's, in order")
+        detection = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
+        known = detection.meta["categories"]
+        return [name for name in known if name not in ("__background__", "N/A")]
+    if table is None:
+        return [str(i) for i in range(n)]
+    if isinstance(table, dict):
+        names = [str(table.get(i, table.get(str(i)))) for i in range(n)]
+        if len({name for name in names if name.isprintable()}) == n:
+            return names
+    raise common.Failure(f"{path}: idx_to_class must give {n} names; {OTHER_FILE}")
 
 
 def load_asl(path, arch=None, folded=True):
-    """(Network, class names) of a file {"model": state dict, "idx_to_class"}, or a state dict.
+    """(Network in eval mode, class names in the order of its outputs) of a checkpoint.
 
-    `arch` None: by the first layer's width. `folded` False: with its norms, in eval mode. Names are
-    in the order of the outputs, else numbers. Raises Failure for other files.
+    Takes ASL's published files {"model", "num_classes", "idx_to_class"}, those of ASL's training
+    {"state_dict", ...} and of --train, torchvision's ResNets, and bare state dicts. `arch` None:
+    the one that fits. `folded` True: frozen, a TResNet's norms folded. 80 outputs without names are
+    COCO's, others are numbered. The network's `image_size` is the file's, else its architecture's.
+    Raises Failure for other files.
     """
-    advice = "name another file with --weights"
-    content = common.load_checkpoint(path, None, advice)
-    with common.advise(f"{path} is no {arch or 'TResNet'}", advice):
-        state = content.get("model", content.get("state_dict", content))
-        state = {k: x for k, x in state.items() if not k.endswith("num_batches_tracked")}
-        classes, stem = len(state["head.fc.weight"]), len(state["body.conv1.0.weight"])
-        widths = {int(64 * width): name for name, (_, width, *_) in ARCHITECTURES.items()}
-        network = tresnet(arch or widths[stem], classes)
-        if not all(x.is_floating_point() and x.isfinite().all() for x in state.values()):
-            raise ValueError("its weights are not all finite numbers")
-        # our own files' gammas, which batch norm has trained, may be negative
-        own = content.get("norm") == "batch norm"
-        network.load_state_dict(state if own else inplace_abn_gammas(state))
-        network.image_size = content.get("settings", {}).get("image_size", network.image_size)
-        names = content.get("idx_to_class", {i: str(i) for i in range(classes)})
-        names = {int(i): name for i, name in names.items()}
-        names = [names[i] for i in range(classes)]
-        if len({name for name in names if name.isprintable()}) < classes:
-            raise ValueError(f"idx_to_class must give {classes} different names")
+    content = common.load_checkpoint(path, OTHER_FILE)
+    state = state_dict_of(content, path)
+    last = "head.fc.weight" if "head.fc.weight" in state else "fc.weight"
+    try:
+        n, features = state[last].shape
+        for name, row in ARCHITECTURES.items():
+            if (features, last == "fc.weight") == (row.features, row.blocks == ()):
+                arch = arch or name
+        network = new_network(arch, n)
+        if last == "head.fc.weight":
+            state = {k: x for k, x in state.items() if "num_batches_tracked" not in k}
+            # the gammas of our own files, which batch norm has trained, may be negative
+            if content.get("norm") != "batch norm":
+                state = inplace_abn_gammas(state)
+        network.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as problem:
+        text = f"{path} is no {arch or 'TResNet, ResNet-18 or ResNet-50'}"
+        raise common.Failure(f"{text}; {OTHER_FILE}: {problem}") from None
+    size = content.get("image_size", network.image_size)
+    if size not in range(32, 1025, 4):
+        text = f"{path}: image_size {size} is no multiple of 4 from 32 to 1024"
+        raise common.Failure(f"{text}; {OTHER_FILE}")
+    network.image_size = size
+    names = class_names_of(content, n, path)
     return fold(network) if folded else network.eval(), names
 
 
-def own_network(spec):
-    """(network, class names) of the user's `FILE.py:FUNCTION`; Failure otherwise."""
-    path, _, function = spec.rpartition(":")
-    advice = "FUNCTION() of FILE.py must return (network, class names, image size)"
-    with common.advise(f"--model {spec}", advice), torch.no_grad():
-        network, names, size = runpy.run_path(path)[function]()
-        network, names = network.eval(), [str(name) for name in names]
-        shape = tuple(network(torch.zeros(1, 3, size, size)).shape)
-        if shape != (1, len(names)):
-            raise ValueError(f"logits {shape} of one image for {len(names)} class names")
-    network.image_size = size
-    return network, names
-
-
-def torchvision_network(args):
-    """(network of images in [0, 1], class names, mean, std) of one of torchvision's classifiers."""
-    label_index(args.model, ["asl", "digits", *models.list_models(models)])
-    published = models.get_model_weights(args.model).DEFAULT
-    name, path = published.url.rpartition("/")[2], args.weights
-    if path:
-        print(f"{path} is not the file that torchvision publishes for {args.model}")
-    else:
-        path = common.download(published.url, args.data / name, name.rpartition("-")[2][:8])
-    network, advice = models.get_model(args.model, weights=None), "name another with --weights"
-    with common.advise(f"{path} is no state dict of torchvision's {args.model}", advice):
-        network.load_state_dict(common.load_checkpoint(path, None, advice))
-    how = published.transforms()
-    network = nn.Sequential(transforms.Normalize(how.mean, how.std), network)
-    network.image_size = how.crop_size[0]
-    mean, std = torch.tensor([how.mean, how.std])[..., None, None]
-    return network, published.meta["categories"], mean, std
-
-
-def load_imagenet(data_dir, class_names, limit=None):
-    """The paths of ImageNet's photos in `data_dir`/imagenet, and their classes (N,) int64.
-
-    The class, an index into `class_names`, is in the file's name (n01440764_tench.JPEG), or, where
-    all classes have a folder (n01440764/x.JPEG), the folder's rank; -1 where neither says it.
-    """
-    folder, endings = Path(data_dir) / "imagenet", {".jpeg", ".jpg", ".png"}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:limit]
-    if not paths:
-        raise common.Failure(f"no photo in {folder}; put some there, named n01440764_tench.JPEG")
-    folders = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"n\d{8}", path.name))
-    if len(folders) == len(class_names):
-        return paths, torch.tensor([folders.index(path.parent.name) for path in paths])
-    # two kinds of crane and of maillot share a name
-    unique = [name if class_names.count(name) == 1 else None for name in class_names]
-    stems = [path.stem.partition("_")[2].replace("_", " ") for path in paths]
-    return paths, torch.tensor([unique.index(x) if x in unique else -1 for x in stems])
-
-
-def label_index(name, names):
-    """The place of `name` among `names`; Failure, with the nearest, if it is none."""
-    if name in names:
-        return names.index(name)
-    near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
-    text = f"{name[:50]!r} is none of the {len(names)} names; the nearest: {', '.join(near)}"
-    raise common.Failure(text, 2)
+# --- the loss
 
 
 class AsymmetricLoss(nn.Module):
-    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar, the
-    sum of -(1 - p)^gamma_pos log(p) for positives and -q^gamma_neg log(1 - q) for negatives; p =
-    sigmoid(logit), q = max(p - clip, 0). In logarithms, so that no logit is too large."""
+    """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar.
+
+    It is the sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over
+    negatives, with p = sigmoid(logit) and q = max(p - clip, 0); summed, as in the ASL repository,
+    and computed in logarithms, so that no logit is too large.
+    """
 
     def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
         super().__init__()
-        self.gamma_neg, self.gamma_pos = gamma_neg, gamma_pos
-        self.log_clip = math.log(clip) if clip else -math.inf
+        self.gamma_neg = gamma_neg
+        self.gamma_pos = gamma_pos
+        self.clip = clip
 
     def forward(self, logits, targets):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
         targets = targets.to(logits)
-        log_p, log_1_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+        log_p = F.logsigmoid(logits)
+        log_1_p = F.logsigmoid(-logits)
         # log(1 - q) = log(min(1 - p + clip, 1))
-        log_1_q = torch.logaddexp(log_1_p, torch.full_like(log_1_p, self.log_clip)).clamp(max=0)
+        log_1_q = torch.logaddexp(log_1_p, log_1_p.new_tensor(self.clip).log()).clamp(
+            max=0
+        )
         # 1 - p and q, above zero, where a power below 1 has no gradient
-        not_p, q = (-torch.expm1(x).clamp(max=-1e-30) for x in (log_p, log_1_q))
+        not_p = -torch.expm1(log_p).clamp(max=-1e-30)
+        q = -torch.expm1(log_1_q).clamp(max=-1e-30)
         positive = targets * not_p**self.gamma_pos * log_p
-        return -(positive + (1 - targets) * q**self.gamma_neg * log_1_q).sum()
+        negative = (1 - targets) * q**self.gamma_neg * log_1_q
+        return -(positive + negative).sum()
 
 
-class Augmented(Dataset):
-    """`photos`, items (3, S, S) float32 in [0, 1], through Cutout (arXiv 1708.04552), then
-    RandAugment, as the log trained; the i-th is the same for a `seed`."""
-
-    def __init__(self, photos, seed):
-        self.photos, self.seed, self.rand_augment = photos, seed, RandAugment()
-
-    def __len__(self):
-        return len(self.photos)
-
-    def __getitem__(self, i):
-        image = to_pil_image((self.photos[i] * 255).round().byte())
-        side = image.width // 2  # of the square that is cut out
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed * 1_000_003 + i)  # of RandAugment, too
-            left, top = (torch.randint(image.width, (2,)) - side // 2).tolist()
-            colour = tuple(torch.randint(256, (3,)).tolist())
-            ImageDraw.Draw(image).rectangle((left, top, left + side - 1, top + side - 1), colour)
-            return to_tensor(self.rand_augment(image))
+# --- data
 
 
-def load_data(dataset, data_dir, image_size, split, names=None, limit=None, digits="auto", seed=0):
-    """(Images, labels, class names, what they are): tensor (N, 3, S, S) or `common.Photos`; (N, L)
-    float32 0/1, in the order of `names`, if given. `split`: of scenes train, validation or test; of
-    COCO val2017 or train2017, photos with a label, as in ASL. Failure if `names` differ."""
+@functools.cache
+def scene_digits(source, data_dir, split):
+    """`common.load_digits` of train, validation (the last twelfth of the training set) or test."""
+    name, images, labels = common.load_digits(source, data_dir, split != "test")
+    cut = len(images) - len(images) // 12
+    parts = {"train": slice(cut), "validation": slice(cut, None), "test": slice(None)}
+    return name, images[parts[split]], labels[parts[split]]
+
+
+def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
+    """`n` scenes of one to five digits of `source` (mnist, glyphs or auto) and `split`.
+
+    Each has its own colour, size and cell of a 3x3 grid, moved a little: they seldom hide one
+    another. `split` is train, validation or test. Returns images (n, 3, image_size, image_size)
+    float32 in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`,
+    whatever `n`. Raises Failure if the digits can't be read.
+    """
+    _, digits, classes = scene_digits(source, data_dir, split)
+    rng = np.random.default_rng([seed, len(split)])
+    images = np.empty((n, 3, image_size, image_size), np.float32)
+    labels = torch.zeros(n, 10)
+    for image, label in zip(images, labels, strict=True):
+        image[:] = rng.uniform(0, 0.4, (3, 1, 1))
+        cells = rng.permutation(9)
+        for cell in cells[: rng.integers(1, MOST_DIGITS + 1)]:
+            row = rng.integers(len(digits))
+            size = int(image_size * rng.uniform(0.31, 0.47))
+            digit = F.interpolate(digits[row, None], size, mode="bilinear")[0].numpy()
+            position = np.array(divmod(cell, 3)) / 2 + rng.uniform(-0.1, 0.1, 2)
+            top, left = ((image_size - size) * position.clip(0, 1)).astype(int)
+            patch = image[:, top : top + size, left : left + size]
+            patch += digit * (rng.uniform(0.6, 1, (3, 1, 1)) - patch)
+            label[classes[row]] = 1
+    return torch.from_numpy(images), labels
+
+
+def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed=0):
+    """(Images, labels, class names, description) of a data set.
+
+    scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
+    coco: `common.Photos` with a label, as in ASL, among the first `limit`; `split` val2017 or
+    train2017, or of the latter held-out, a twelfth, at most 2,000, or train, the others.
+    Labels are (N, L) float32 0/1, in the order of `names` if given. Raises Failure if these are not
+    the data set's, or if no photo has a label.
+    """
     if dataset == "scenes":
-        where = digits, data_dir, split
-        images, labels = common.load_scenes(limit or 2000, image_size, seed, *where)
-        what = f"scenes of {common.scene_digits(*where)[0]}'s {split} digits"
+        n = limit or SCENES[split]
+        images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
+        source = scene_digits("auto", data_dir, split)[0]
+        description = f"scenes of {source}'s {split} digits"
         known = list("0123456789")
     else:
-        photos, labels, known = common.load_coco(data_dir, image_size, limit, split)
-        rows = labels.any(1).nonzero()[:, 0].tolist()
-        if not rows:
-            raise common.Failure(f"no photo of {split} has a label; raise --limit", 2)
-        images, labels = common.Photos([photos.paths[i] for i in rows], image_size), labels[rows]
-        what = f"labelled photos of COCO {split}"
+        part = "val2017" if split == "val2017" else "train2017"
+        photos, labels, known = common.load_coco(data_dir, image_size, limit, part)
+        rows = labels.any(1).nonzero()[:, 0]
+        # one in so many, whatever the seed, so that a later training holds out the same photos
+        is_held_out = torch.arange(len(rows)) % max(12, math.ceil(len(rows) / 2000)) == 0
+        if split in ("held-out", "train"):
+            rows = rows[is_held_out == (split == "held-out")]
+        if len(rows) == 0:
+            raise common.Failure(f"no photo of {part} has a label; raise --limit", 2)
+        images = common.Photos([photos.paths[i] for i in rows], image_size)
+        labels = labels[rows]
+        description = f"labelled photos of COCO {part}"
+        if split == "held-out":
+            description += ", held out of training"
     names = names or known
     if set(names) != set(known):
-        lacks = ", ".join(sorted(set(names) ^ set(known))[:3])[:99]
-        raise common.Failure(f"labels of {dataset} and the network: one of them lacks {lacks}", 2)
-    return images, labels[:, [known.index(name) for name in names]], names, what
+        name = min(set(names) ^ set(known))[:99]
+        text = f"only one of the network and {dataset} has the label {name}; {OTHER_FILE}"
+        raise common.Failure(text, 2)
+    return images, labels[:, [known.index(name) for name in names]], names, description
 
 
-def workers(images, device):
-    """Processes that decode photos ahead: enough for a GPU, or one beside a CPU's work."""
-    if isinstance(images, torch.Tensor):
-        return 0
-    return min(16, os.cpu_count()) if device.type == "cuda" else 1
+def read_batches(images, batches):
+    """Yield the images (a tensor or `common.Photos`) at each list of row numbers in `batches`."""
+    ahead = collections.deque()  # threads decode the photos of three more batches
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for rows in batches:
+            ahead.append(pool.map(images.__getitem__, map(int, rows)))
+            if len(ahead) > 3:
+                yield torch.stack(list(ahead.popleft()))
+        for photos in ahead:
+            yield torch.stack(list(photos))
 
 
-def training_batches(args, data, steps, total, device):
-    """Batches (images, labels) from step `steps` to `total`, the same after a resume: photos, in a
-    new order in each epoch, or new scenes."""
-    seed, per_epoch = args.seed * 1_000_003, total // args.epochs
-    if args.dataset == "scenes":
-        for step in range(steps, total):
-            number = step % per_epoch if args.limit else step  # --limit: the same in each epoch
-            how = args.image_size, seed + number, args.digits, args.data
-            yield common.load_scenes(args.batch_size, *how)
-        return
-    photos, labels = data
-    first_epoch, done = divmod(steps, per_epoch)
-    for epoch in range(first_epoch, args.epochs):
-        order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed + epoch))
-        rows = [batch.tolist() for batch in order.split(args.batch_size)[done:per_epoch]]
-        images, count = Augmented(photos, seed + epoch), workers(photos, device)
-        pairs = StackDataset(images, labels)
-        yield from DataLoader(pairs, batch_sampler=rows, num_workers=count)
+def augment(images, seeds):
+    """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as the log trained.
+
+    Images (N, 3, S, S) float32 in [0, 1] and a seed for each -> the same shape and range. Not for
+    threads: it borrows torch's global random stream.
+    """
+    rand_augment = RandAugment()
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    size = images.shape[-1]
+    side = size // 2  # of the square that is cut out
+    augmented = []
+    with torch.random.fork_rng(devices=[]):
+        for array, seed in zip(pixels, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)
+            left, top = (torch.randint(size, (2,)) - side // 2).tolist()
+            colour = tuple(torch.randint(256, (3,)).tolist())
+            image = Image.fromarray(array)
+            square = (left, top, left + side - 1, top + side - 1)
+            ImageDraw.Draw(image).rectangle(square, colour)
+            augmented.append(np.asarray(rand_augment(image)))
+    return torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2) / 255
+
+
+# --- training
+
+
+class Settings(NamedTuple):
+    """What a training depends on: its flags; the defaults are those of the scenes' classifier."""
+
+    dataset: str = "scenes"
+    arch: str = "tresnet_s"
+    image_size: int = 64
+    epochs: int = 13
+    batch_size: int = 64
+    lr: float = 5e-3
+    limit: int | None = None
+    seed: int = 0
+    weights: str | None = None
+    digits: str | None = None  # in the scenes: mnist or glyphs
+    data: str = "data"
+    threshold: float = 0.5  # of the report
+
+
+def starting_network(settings, names):
+    """The network, for the classes `names`, that a training starts from."""
+    path = settings.weights
+    if path is None and ARCHITECTURES[settings.arch].blocks:
+        return new_network(settings.arch, len(names))
+    if path is None:
+        url = torchvision.models.get_model_weights(settings.arch).DEFAULT.url
+        file = url.rpartition("/")[2]  # it ends in the start of its hash: -f37072fd.pth
+        path = common.download(url, Path(settings.data, file), file[-12:-4])
+    network, known = load_asl(path, settings.arch, folded=False)
+    head = getattr(network, "head", network)
+    if known != names:
+        print(f"the labels are not those of {path}: the last layer starts anew")
+        head.fc = nn.Linear(head.fc.in_features, len(names))
+    return network
+
+
+def training_batches(settings, images, labels, steps):
+    """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
+    per_epoch = len(labels) // settings.batch_size
+    done = steps % per_epoch
+    for epoch in range(steps // per_epoch, settings.epochs):
+        stream = torch.Generator().manual_seed(hash((settings.seed, epoch)) % 2**63)
+        order = torch.randperm(len(labels), generator=stream)
+        batches = order.split(settings.batch_size)[done:per_epoch]
+        for rows, batch in zip(batches, read_batches(images, batches), strict=True):
+            if settings.dataset == "coco":
+                keys = [(settings.seed, epoch, row) for row in rows.tolist()]
+                seeds = [hash(key) % 2**63 for key in keys]
+                batch = augment(batch, seeds)
+                mirrored = torch.tensor(seeds) % 2 == 1
+                batch[mirrored] = batch[mirrored].flip(3)
+            yield batch, labels[rows]
         done = 0
 
 
-def weights_path(args):
-    """Where `train` writes the best network."""
-    digits = f"-{args.digits}" if args.dataset == "scenes" else ""
-    return args.out / f"{args.arch}-{args.dataset}{digits}.pth"
+def starting_checkpoint(path, settings, resume, force):
+    """The checkpoint of the same training to go on from, or None; raises Failure for another's."""
+    if force or not path.exists():
+        return None
+    checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+    same = settings._asdict()
+    del same["data"], same["threshold"]  # which the weights do not depend on
+    common.require_same(path, checkpoint["settings"], same)
+    if checkpoint["steps"] < checkpoint["total_steps"] and not resume:
+        raise common.Failure(f"{path} is unfinished; continue it with --resume", 2)
+    return checkpoint
 
 
-def train(args, device):
-    """Train; write checkpoint.pt, history.csv and the network of the best mAP, at ten marks.
-    Returns facts for the record. Failure if --out holds another training."""
-    path, shaping = args.out / "checkpoint.pt", {name: getattr(args, name) for name in SHAPING}
-    checkpoint = acwgan.starting_point(path, "asl_model", shaping, args)
-    kept, place = shaping | {"data": str(args.data)}, (args.dataset, args.data, args.image_size)
-    if args.dataset == "scenes":
-        data, size = None, args.limit or EPOCH
-        check = "validation", None, min(1000, size), args.digits, args.seed
-    else:
-        data = load_data(*place, args.split, limit=args.limit)[:2]
-        size, check = len(data[0]), ("val2017", None, args.limit)
-    if size < args.batch_size:
-        raise common.Failure(f"--batch-size {args.batch_size}: there are only {size} images", 2)
-    check_images, check_labels, names, what = load_data(*place, *check)
-    torch.manual_seed(args.seed)
-    network = tresnet(args.arch, len(names)).train().to(device, memory_format=torch.channels_last)
+def save_training(path, state, parts):
+    """Write the state of a training and of its parts; raises Failure if it has diverged."""
+    content = dict(state)
+    for name, part in parts.items():
+        content[name] = part.state_dict()
+    if not all(x.isfinite().all() for x in content.get("network", {}).values()):
+        text = f"the training diverged by step {state['steps']:,}: a weight is not finite"
+        raise common.Failure(f"{text}; lower --lr {state['settings']['lr']}")
+    with common.whole_file(path) as file:
+        torch.save(content, file)
+
+
+def starting_parts(settings, names, device, state):
+    """The networks and the optimiser of a training, as its `state` has them if there is one."""
+    torch.manual_seed(settings.seed)
+    network = new_network(settings.arch, len(names))
+    if not state:
+        network = starting_network(settings, names)
+    network.train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(network.parameters(), args.lr, fused=True)
-    asl, bf16 = AsymmetricLoss(4, args.gamma_pos), common.has_bf16(device)
+    adam = torch.optim.Adam(network.parameters(), fused=True)
     parts = {"network": network, "average": average, "adam": adam}
-    weights, averages = (list(x.state_dict().values()) for x in (network, average))
-    done = {"steps": 0, "seconds": 0.0, "history": [], "best": None, "best_mAP": -1.0}
-    if checkpoint:
-        with common.advise(path, ANEW):
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            done = {name: checkpoint[name] for name in done}
-    total = args.epochs * (size // args.batch_size)
-    marks = {math.ceil(total * i / 10) for i in range(1, 11)}
-    start, saved = time.time() - done["seconds"], time.time()
-    batches = training_batches(args, data, done["steps"], total, device)
-    bar = common.progress(batches, "training", total, initial=done["steps"])
-    for step, (images, labels) in enumerate(bar, done["steps"] + 1):
-        # one cycle (Smith & Topin 2018): up for a fifth of the run, then down, along cosines
-        position = step / (total + 1)
-        rise = min(position / 0.2, (1 - position) / 0.8)
-        adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
+    for name, part in parts.items():
+        if state:
+            part.load_state_dict(state.pop(name))
+    return parts
+
+
+def train(settings, out, device, resume=False, force=False):
+    """Train a network with these `Settings`; returns facts for the record, such as its path.
+
+    Writes into `out` what the top of this file says. A training that is finished is not repeated.
+    Raises Failure if `out` holds another one, or an unfinished one and not `resume`, if there are
+    too few images, and if the training diverges.
+    """
+    path = out / "checkpoint.pt"
+    state = starting_checkpoint(path, settings, resume, force)
+    s = settings
+    sizes = {"image_size": s.image_size, "limit": s.limit, "seed": s.seed}
+    images, labels, names, _ = load_data(s.dataset, s.data, split="train", **sizes)
+    held_out = load_data(s.dataset, s.data, split=HELD_OUT[s.dataset], **sizes)
+    total = s.epochs * (len(labels) // s.batch_size)
+    if total == 0:
+        text = f"--batch-size {s.batch_size}: there are {len(labels)} training images"
+        raise common.Failure(text, 2)
+    parts = starting_parts(s, names, device, state)
+    network = parts["network"]
+    average = parts["average"]
+    adam = parts["adam"]
+    weights = [x for x in network.state_dict().values() if x.is_floating_point()]
+    averages = [x for x in average.state_dict().values() if x.is_floating_point()]
+    asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
+    bf16 = common.has_bf16(device)
+    # with its "model", the best network, it is also what load_asl takes
+    state = state or {"kind": "asl_model", "steps": 0, "seconds": 0.0, "history": []}
+    state.update(settings=s._asdict(), arch=s.arch, image_size=s.image_size)
+    state.update(norm="batch norm", num_classes=len(names), total_steps=total)
+    state["idx_to_class"] = dict(enumerate(names))
+    history = state["history"]
+    evaluations = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    start = time.time() - state["seconds"]
+    bar = common.progress(desc="training, in images", total=total * s.batch_size)
+    bar.update(state["steps"] * s.batch_size)
+    batches = training_batches(s, images, labels, state["steps"])
+    for step, (batch, targets) in enumerate(batches, state["steps"] + 1):
+        # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
+        rise = min(step / (total + 1) / 0.2, (1 - step / (total + 1)) / 0.8)
+        adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = network(images.to(device))
-        loss = asl(logits, labels.to(device))
+            logits = network(batch.to(device))
+        loss = asl(logits, targets.to(device))
         adam.zero_grad()
         loss.backward()
         adam.step()
-        decay = min(AVERAGE, 1 - 8 / (step + 8))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item() / len(images):.3g}", refresh=False)
-        if step not in marks and time.time() - saved < SAVE_EVERY:
-            continue
-        if not all(x.isfinite().all() for x in [loss, *network.parameters()]):
-            raise common.Failure(f"no finite loss or weight at step {step:,}; try a lower --lr")
-        done |= {"steps": step, "seconds": time.time() - start}
-        if step in marks:
-            probabilities = predict(fold(average), check_images, device)
-            mean_ap = float(average_precision(probabilities, check_labels.numpy()).mean())
-            row = {"step": step, "seconds": round(done["seconds"], 1)}
-            done["history"].append(row | {"loss": loss.item() / len(images), "mAP": mean_ap})
-            if mean_ap >= done["best_mAP"]:  # of equals, the last
-                done |= {"best": copy.deepcopy(average.state_dict()), "best_mAP": mean_ap}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        common.save_checkpoint(path, {"kind": "asl_model", "settings": kept, **state, **done})
-        saved = time.time()
-    content = {"model": done["best"], "norm": "batch norm", "mAP": done["best_mAP"]}
-    content |= {"num_classes": len(names), "idx_to_class": dict(enumerate(names))}
-    common.save_checkpoint(weights_path(args), content | {"settings": kept})
-    acwgan.write_history(args.out / "history.csv", done["history"])
-    print(f"{weights_path(args)}: mAP {done['best_mAP']:.2%} on {len(check_images):,} {what}")
-    facts = {"dataset_size": size, "bf16": bf16, "steps": total, "best_mAP": done["best_mAP"]}
-    return facts | {"best_mAP_on": what, "training_seconds": done["seconds"]}
+        torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
+        bar.update(s.batch_size)
+        if step in evaluations:
+            logits = predict(average, held_out[0], device, s.batch_size, bar)
+            mean_ap = average_precision(logits, held_out[1].numpy()).mean().item()
+            row = {"step": step, "loss": loss.item() / s.batch_size, "mAP": mean_ap}
+            history.append(row)
+            if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
+                state["model"] = copy.deepcopy(average.state_dict())
+                state.update(mAP=mean_ap, mAP_on=held_out[-1])
+        if step in evaluations or step % SAVE_EVERY == 0:
+            state.update(steps=step, seconds=time.time() - start)
+            save_training(path, state, parts)
+    bar.close()
+    path = out / f"{s.arch}-{s.dataset}.pth"
+    save_training(path, state, {})
+    common.write_csv(out / "history.csv", history)
+    facts = {"weights": path, "dataset_size": len(labels), "steps": total, "bf16": bf16}
+    return {**facts, "training_seconds": state["seconds"]}
 
 
-def scenes_classifier(data_dir, out="runs/scenes_classifier", device="cpu", digits="auto", seed=0):
-    """(Network, class names, path) of the classifier of scenes in `out`, trained, or resumed, where
-    there is none. Failure for one of other settings."""
-    flags = ["--train", "--dataset", "scenes", "--digits", digits, "--data", str(data_dir)]
-    args = settings([*flags, "--out", str(out), "--seed", str(seed)])
-    args.resume = True  # which settings() refuses without a checkpoint
-    path, shaping = weights_path(args), {name: getattr(args, name) for name in SHAPING}
+def scenes_classifier(data_dir, device, seed=0):
+    """(Network, class names, path) of the classifier of scenes, trained where there is none.
+
+    It lies in runs/scenes_classifier/mnist or glyphs; other seeds than 0 are added to that name.
+    """
+    digits = scene_digits("auto", str(data_dir), "train")[0]
+    out = Path("runs/scenes_classifier", digits)
+    if seed != 0:
+        out = out.with_name(f"{digits}-seed{seed}")
+    path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        common.make_folder(args.out)
-        train(args, torch.device(device))
-    acwgan.starting_point(path, None, shaping, args, "delete it, and it is trained anew")
-    network, names = load_asl(path, args.arch)
+        settings = Settings(seed=seed, digits=digits, data=str(data_dir))
+        with common.hold(out):
+            train(settings, out, device, resume=True)
+    network, names = load_asl(path)
     return network.to(device), names, path
 
 
+# --- report
+
+
 @torch.inference_mode()
-def predict(network, images, device, batch=32):
-    """The probabilities (N, L), float32 in NumPy, of images (N, 3, S, S)."""
-    loader = DataLoader(images, batch, num_workers=workers(images, device))
-    rows, found = torch.arange(len(images)), torch.empty(len(images), network.head.fc.out_features)
-    for i, x in zip(rows.split(batch), common.progress(loader, "measuring"), strict=True):
-        found[i] = network(x.to(device)).sigmoid().cpu()
-    return found.numpy()
+def predict(network, images, device, batch_size=32, bar=None):
+    """The logits (N, L), a float32 array, of images; shows progress, unless in another `bar`."""
+    rows = torch.arange(len(images))
+    logits = []
+    with common.progress(
+        desc="measuring, in images", total=len(rows), disable=bar is not None
+    ) as own_bar:
+        for batch in read_batches(images, rows.split(batch_size)):
+            logits.append(network(batch.to(device)).float().cpu())
+            own_bar.update(len(batch))
+    return torch.cat(logits).numpy()
 
 
-def average_precision(probabilities, labels):
-    """NumPy arrays (N, L) -> the AP of each class that an image shows (ASL counts the others 0)."""
-    probabilities, labels = (x[:, labels.any(0)] for x in (probabilities, labels))
-    order = np.argsort(-probabilities, axis=0, kind="stable")
-    hits = np.take_along_axis(labels, order, 0) > 0
-    precision = hits.cumsum(0) / np.arange(1, len(labels) + 1)[:, None]
-    return (precision * hits).sum(0) / hits.sum(0)
+def is_present(logits, threshold):
+    """Whether a label is present: sigmoid(logit) > `threshold`."""
+    return logits > math.log(threshold / (1 - threshold))
 
 
-def measure(probabilities, labels, threshold):
-    """The report's numbers, of NumPy arrays (N, L). OP, OR: of all labels predicted, or present,
-    those right."""
-    predicted, actual = probabilities > threshold, labels > 0
-    ap, right = average_precision(probabilities, labels), predicted & actual
+def average_precision(logits, labels):
+    """The AP of each class that an image shows (ASL's code counts the others as 0).
+
+    Arrays (N, L), of any score -> (classes shown,). AP is the mean, over the images that show the
+    class, of the precision at their score; equal scores share one threshold.
+    """
+    precisions = []
+    for scores, present in zip(logits.T, labels.T > 0, strict=True):
+        if present.any():
+            thresholds = np.sort(scores[present])
+            # how many scores reach a threshold: all but those that lie below
+            predicted = len(scores) - np.searchsorted(np.sort(scores), thresholds)
+            right = len(thresholds) - np.searchsorted(thresholds, thresholds)
+            precisions.append((right / predicted).mean())
+    return np.array(precisions)
+
+
+def measure(logits, labels, threshold):
+    """The numbers of the report, of arrays (N, L)."""
+    predicted = is_present(logits, threshold)
+    present = labels > 0
+    right = (predicted & present).sum()
+    precisions = average_precision(logits, labels)
     return {
         "n": len(labels),
-        "classes_present": len(ap),
-        "mAP": float(ap.mean()),
-        "OP": common.wilson(right.sum(), predicted.sum()),
-        "OR": common.wilson(right.sum(), actual.sum()),
-        "exact": common.wilson((predicted == actual).all(1).sum(), len(labels)),
+        "classes": labels.shape[1],
+        "classes_present": len(precisions),
+        "mAP": precisions.mean().item(),
+        "OP": common.wilson(right, predicted.sum()),
+        "OR": common.wilson(right, present.sum()),
+        "exact": common.wilson((predicted == present).all(1).sum(), len(labels)),
     }
 
 
 def main(argv=None):
-    """Do what the flags say; returns what results.json holds, numbers under each split's name."""
+    """Do what the flags say; returns the record in results.json, with the numbers of each split."""
+    start = time.time()
     args = settings(argv)
     device = common.pick_device(args.device)
-    common.make_folder(args.out)
-    facts, numbers = {"dataset": args.dataset, "device": str(device)}, {}
-    splits = [args.split or "test"]
-    if args.train:
-        facts |= train(args, device)
-        path = weights_path(args)
-        if args.split == "train2017":
-            splits = ["val2017", "train2017"]
-    elif args.weights or args.dataset == "coco":
-        path = args.weights or published(args.arch or "tresnet_m", args.data)
-    else:
-        path = scenes_classifier(args.data, device=device, digits=args.digits)[-1]
-    network, names = load_asl(path, args.arch)
-    facts |= {"weights": str(path), "arch": network.arch}
-    network, size = network.to(device), args.image_size or network.image_size
-    if args.image:
-        p = predict(network, common.Photos([args.image], size)[:], device)[0]
-        order = np.argsort(-p)
-        numbers["labels"] = {names[i]: float(p[i]) for i in order if p[i] > args.threshold}
-        for i in order[: len(numbers["labels"]) + 3]:
-            print(f"{p[i]:.3f}  {names[i]}", "" if p[i] > args.threshold else "(not present)")
-        return common.write_results(args, numbers, **facts)
+    facts = {"dataset": args.dataset, "device": str(device)}
+    scenes = args.dataset == "scenes"
+    splits = ["test"] if scenes else [args.split or "val2017"]
+    numbers = {}
+    lines = []
+    with common.hold(args.out):
+        if args.train:
+            values = {name: vars(args).get(name) for name in Settings._fields}
+            if scenes:
+                values["digits"] = scene_digits("auto", args.data, "train")[0]
+            plan = Settings(**values)
+            facts.update(train(plan, args.out, device, args.resume, args.force))
+            path = facts["weights"]
+            splits.insert(0, HELD_OUT[args.dataset])
+        elif args.weights:
+            path = args.weights
+        elif scenes:
+            path = scenes_classifier(args.data, device)[2]
+        elif args.arch:
+            path = published(args.arch, args.data)
+        else:
+            path = coco_weights(args.data)
+        network, names = load_asl(path, args.arch)
+        network.to(device)
+        size = args.image_size or network.image_size
+        facts.update(weights=str(path), arch=network.arch)
+        if args.image:
+            splits = []
+            logits = predict(network, common.Photos([args.image], size), device)[0]
+            probabilities = torch.from_numpy(logits).sigmoid().tolist()
+            order = np.argsort(-logits, kind="stable")
+            present = order[: is_present(logits, args.threshold).sum()]
+            numbers["labels"] = {names[i]: probabilities[i] for i in present}
+            for rank, i in enumerate(order[: len(present) + 3]):
+                note = "" if rank < len(present) else "(not present)"
+                lines.append(f"{probabilities[i]:.3f}  {names[i]} {note}")
+        for split in splits:
+            images, labels, _, description = load_data(
+                args.dataset, args.data, size, split, names, args.limit, args.seed
+            )
+            logits = predict(network, images, device, args.batch_size)
+            numbers[split] = measure(logits, labels.numpy(), args.threshold)
+            numbers[split]["images"] = description
+            facts.setdefault("dataset_size", len(labels))
+        facts["seconds"] = time.time() - start
+        record = common.write_results(args, numbers, **facts)
+    for line in lines:
+        print(line)
     for split in splits:
-        how = size, split, names, args.limit, args.digits, args.seed
-        images, labels, _, what = load_data(args.dataset, args.data, *how)
-        found = measure(predict(network, images, device), labels.numpy(), args.threshold)
-        lines = ((k, f"{x:.2%}" if isinstance(x, float) else x) for k, x in found.items())
-        common.print_table((what, ""), lines)
-        numbers[split] = found | {"images": what}
-    return common.write_results(args, numbers, **facts)
+        common.print_table([split, str(path)], numbers[split].items())
+    return record
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "interrupted; a training continues with --resume")

@@ -1,138 +1,121 @@
-"""What every script shares: errors, flags, device; files and records; FID; data."""
+"""What the scripts share: errors, flags, the device, files, records, FID and the data sets."""
 
 import argparse
 import concurrent.futures
 import contextlib
-import functools
+import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
-import shutil
+import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-import uuid
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import PIL
 import scipy
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn import functional as F
+from torchvision import transforms
+from torchvision.models import inception_v3
 from tqdm import tqdm
 
 START = time.time()
+TIMEOUT = 20  # seconds that a server may stay silent
 
 
 class Failure(Exception):
-    """What went wrong, with which file or value, and what to do; `code`: the exit code."""
+    """What went wrong, with which file or value, and what to do; `code` is the exit code."""
 
     def __init__(self, message, code=1):
-        super().__init__(message)
+        line = " ".join(message.split())
+        super().__init__(line[:400])
         self.code = code
 
 
-@contextlib.contextmanager
-def advise(path, advice):
-    """Turn any exception within, of whatever library, into a `Failure` that says what to do."""
+def run(main, interrupted="interrupted"):
+    """Run `main()` as a script: an error ends it in one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # not every terminal can show every letter
+    code = 1
     try:
-        yield
-    except Failure:
-        raise
-    except Exception as problem:
-        reason = " ".join(str(getattr(problem, "strerror", None) or problem).split())
-        raise Failure(f"{path}: {reason[:99] or type(problem).__name__}; {advice}") from None
-
-
-def run(main):
-    """Call `main()` as a script: a failure ends in one line on stderr and an exit code."""
-    try:
-        main()
-        sys.stdout.flush()
-        return
-    except (Failure, OSError) as problem:
-        # from a DataLoader's worker comes a traceback, whose last line is the message
-        line, code = f"error\n{problem}".strip().splitlines()[-1], getattr(problem, "code", 1)
+        return main()
+    except Failure as problem:
+        line = problem
+        code = problem.code
+    except OSError as problem:
+        line = problem
     except KeyboardInterrupt:
-        line, code = "interrupted; a training goes on with --resume", 130
+        line = interrupted
+        code = 130
     except (MemoryError, RuntimeError) as problem:
-        if not re.search("out of memory|can't allocate memory|^$", str(problem)):
+        shortage = "out of memory|allocate memory|enough memory|ALLOC_FAILED|bad_alloc"
+        if isinstance(problem, RuntimeError) and not re.search(shortage, str(problem)):
             raise
-        line, code = "not enough memory; lower --batch-size, or use --device cpu", 1
-    line = line.removeprefix("common.Failure: ")[:270]
+        line = "not enough memory; lower --batch-size, or use --device cpu"
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a closed stdout would complain once more
     sys.exit(code)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows each flag's default, where it has a fixed one."""
-
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
     def _get_help_string(self, action):
-        varies = action.default in (None, argparse.SUPPRESS) or action.default is False
-        return action.help if varies else f"{action.help} (default: %(default)s)"
+        has_default = action.default is not None and action.nargs != 0
+        return super()._get_help_string(action) if has_default else action.help
 
 
-def parser(doc, out, dataset, datasets, dataset_help, limit_help, trains=False):
-    """An argparse parser with the flags of every script; `trains`: --resume and --force, too."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
-    add = p.add_argument
-    add("--data", type=Path, default=Path("data"), help="folder of datasets and weights")
-    add("--out", type=Path, default=out, help="folder for what this run writes")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="of all work")
-    add("--seed", type=count(0), default=0, help="of every random number")
-    add("--dataset", choices=datasets, default=dataset, help=dataset_help)
-    add("--limit", type=count(1), metavar="N", help=limit_help)
-    if trains:
-        add = p.add_mutually_exclusive_group().add_argument
-        add("--resume", action="store_true", help="go on from the checkpoint in --out")
-        add("--force", action="store_true", help="overwrite a training of other settings")
-    return p
-
-
-def count(least):
-    """An argparse type: a whole number from `least` up."""
+def number(kind, least, most=np.inf):
+    """An argparse type: a finite int or float (`kind`) from `least` to `most`."""
 
     def number(text):
-        if text.isdecimal() and least <= int(text) < 2**43:  # seeds are multiplied, in 63 bits
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} up")
+        value = kind(text)
+        if least <= value <= most and np.isfinite(value):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
 
     return number
 
 
-def positive(text):
-    """An argparse type: a positive finite number, also as a fraction such as 8/255."""
-    top, _, bottom = text.partition("/")
-    value = float(top) / (float(bottom or 1) or math.nan)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
+def parser(description, out, datasets, dataset_help, limit_help):
+    """An argparse parser with the flags of every script; the first data set is the default."""
+    p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    p.add_argument("--data", default="data", help="folder of data sets and weights")
+    p.add_argument("--out", type=Path, default=out, help="folder that this run writes to")
+    p.add_argument("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
+    p.add_argument("--limit", type=number(int, 1), metavar="N", help=limit_help)
+    seed = number(int, 0, 2**32)
+    p.add_argument("--seed", type=seed, default=0, help="seed of all random numbers")
+    devices = ("auto", "cpu", "cuda", "mps")
+    p.add_argument("--device", choices=devices, default="auto", help="where networks run")
+    p.add_argument("--force", action="store_true", help="overwrite other settings' files")
+    return p
 
 
 def pick_device(name):
-    """The torch.device for `--device`; auto: CUDA, else Apple's GPU, else the CPU."""
-    torch.set_flush_denormal(True)  # averages decay into denormals, which slow a CPU down
-    torch.backends.cudnn.deterministic = True  # same seed, same machine: same result
-    torch.backends.cudnn.allow_tf32 = False  # measured in float32 means float32
-    rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: a GPU for each process
-    gpus = torch.cuda.device_count()
-    present = {"cuda": gpus > 0, "mps": torch.mps.is_available(), "cpu": True}
+    """The torch.device for `--device`; "auto" is a GPU where there is one, else the CPU."""
+    torch.set_flush_denormal(True)  # weight averages decay into denormals, which are slow
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name] or (name == "cuda" and rank >= gpus):
-        raise Failure(f"--device {name}: process {rank} finds none here; use --device cpu", 2)
-    return torch.device(name, rank) if name == "cuda" else torch.device(name)
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cpu":
+        return torch.device(name)
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: one GPU per process
+    if rank >= torch.get_device_module(name).device_count():
+        raise Failure(f"--device {name}: process {rank} has none; use --device cpu", 2)
+    if name == "cuda":
+        torch.cuda.set_device(rank)
+    return torch.device(name, rank)
 
 
 def has_bf16(device):
@@ -143,197 +126,249 @@ def has_bf16(device):
 
 
 def progress(*args, **kwargs):
-    """A tqdm bar within 100 columns; where stderr is no terminal, a line every half minute."""
-    form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-    how = {"bar_format": form, "mininterval": 0.1}
+    """A tqdm bar; where stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
-        # maxinterval: or tqdm's own watch would print a line every ten seconds
-        how = {"bar_format": form[:-9] + "\n", "mininterval": 30, "maxinterval": 60, "delay": 30}
-    return tqdm(*args, **how, ncols=100, leave=False, **kwargs)
+        line = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}\n"
+        rarely = {"bar_format": line, "mininterval": 30, "maxinterval": 60, "delay": 30}
+        kwargs = {**rarely, **kwargs}
+    return tqdm(*args, leave=False, ncols=100, **kwargs)
 
 
-def make_folder(folder):
-    """Create `folder` and prove that it can be written, before any work is done."""
-    with advise(folder, "it can't be written; choose another folder with --out"):
+@contextlib.contextmanager
+def hold(folder):
+    """Create the output folder and keep other runs out of it; raises Failure if one is at work."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        # the operating system releases a database's lock, however this process ends
+        lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+    except (OSError, sqlite3.Error) as problem:
+        text = f"--out {folder} is in use by another run, or read-only ({problem})"
+        raise Failure(f"{text}; choose another folder") from None
+    with contextlib.closing(lock):
+        yield
 
 
-def write_file(path, write):
-    """Have `write(file)` fill a file of another name, renamed to `path` when complete, or gone."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    with advise(path, "it could not be written"), contextlib.ExitStack() as stack:
-        stack.callback(draft.unlink, missing_ok=True)
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a binary file that takes the name `path` only once it has been written completely."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
-            write(file)
+            yield file
         os.replace(draft, path)
+    except (OSError, RuntimeError) as problem:  # the latter by torch.save
+        raise Failure(f"{path} was not written ({problem}); is the disk full?") from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, content):
-    """Write a dictionary of tensors and plain values that `load_checkpoint` reads."""
-    write_file(path, lambda file: torch.save(content, file))
+def load_checkpoint(path, advice, kind=None):
+    """The dictionary of tensors (on the CPU) and plain values that torch.save wrote to `path`.
 
-
-def load_checkpoint(path, kind, advice):
-    """The dictionary of tensors and plain values (else it is refused, not run) that `torch.save`
-    wrote to `path`, on the CPU. Raises Failure if it is absent, damaged, or of another "kind" than
-    `kind`, unless that is None."""
-    with warnings.catch_warnings(action="ignore"), advise(path, advice):
-        file, content = io.BytesIO(Path(path).read_bytes()), None
-        with contextlib.suppress(Exception):  # torch's many kinds, whose texts are no help
-            content = dict(torch.load(file, map_location="cpu", weights_only=True))
-        if content is None or kind not in (None, content.get("kind")):
-            raise ValueError(f"damaged, or no checkpoint of {kind or 'a network'}")
+    Nothing else is loaded, so that no file can run code. Raises Failure, whose text ends in
+    `advice`, if the file is absent, damaged or unsafe, or if its "kind" is not `kind`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds
+        blocked = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"is absent, damaged, or no torch file ({type(problem).__name__})"
+        if blocked:
+            reason = (
+                f"holds a {blocked[1]}, which could run code; save its state dict alone"
+            )
+        raise Failure(f"{path} {reason}; {advice}") from None
+    if not isinstance(content, dict) or kind not in (None, content.get("kind")):
+        raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
     return content
 
 
+def require_same(path, old, new):
+    """Raise Failure if `path` was made with `old` settings that differ from the `new` ones."""
+    for name, value in new.items():
+        if old.get(name) != value:
+            text = f"{path} was made with {name} {old.get(name)}, not {value}"
+            raise Failure(f"{text}; choose another --out, or add --force", 2)
+
+
 def wilson(hits, n):
-    """A rate with its 95 % Wilson interval, {"rate", "low", "high", "n"}; None if n is 0."""
-    if not n:
+    """A rate with its 95 % Wilson interval: {"rate", "low", "high", "n"}; None if n is 0."""
+    if n == 0:
         return None
     test = scipy.stats.binomtest(int(hits), int(n))
     interval = test.proportion_ci(method="wilson")
-    return {"rate": test.statistic, "low": interval.low, "high": interval.high, "n": int(n)}
+    low = float(interval.low)
+    high = float(interval.high)
+    return {"rate": test.statistic, "low": low, "high": high, "n": test.n}
 
 
-def cell(x):
-    """A `wilson` record, a number, a text or None as text."""
-    if isinstance(x, dict):
-        return f"{x['rate']:.1%} [{x['low']:.1%}, {x['high']:.1%}]"
-    if isinstance(x, float):
-        return f"{x:.2f}"
-    return "-" if x is None else str(x)
+def cell(value):
+    """A table's text for a number, a text, a `wilson` rate or None."""
+    if isinstance(value, dict):
+        return "{rate:.1%} [{low:.1%}, {high:.1%}]".format(**value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
-def print_table(head, lines):
-    """Print the columns, each as wide as its widest cell, the first one to the left."""
-    lines = [[cell(x) for x in line] for line in [head, *lines]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *others in lines:
-        right = (x.rjust(width) for x, width in zip(others, widths[1:], strict=True))
-        print(first.ljust(widths[0]), *right, sep="  ")
+def print_table(head, rows):
+    """Print a table whose first column is aligned to the left, the others to the right."""
+    cells = np.array([[cell(value) for value in row] for row in [head, *rows]])
+    widths = np.strings.str_len(cells).max(0)
+    cells[:, :1] = np.strings.ljust(cells[:, :1], widths[:1])
+    for row in np.strings.rjust(cells, widths):
+        print("  ".join(row))
+
+
+def write_csv(path, rows):
+    """Write dictionaries that have the same keys, such as a training's losses, as a CSV file."""
+    with whole_file(path) as file, io.TextIOWrapper(file, newline="") as text:
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_results(args, numbers, **facts):
-    """Write `results.json`: command, settings, versions, facts and numbers; returns it all."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
+    command = ["python", *sys.argv]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if processes:
+        command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
+    here = os.path.dirname(__file__)
+    describe = f"git -C {shlex.quote(here)} describe --always --dirty"
+    status, git = subprocess.getstatusoutput(describe)
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(command),
         "settings": vars(args),
-        **facts,
-        "machine": f"{sys.platform}, {torch.get_num_threads()} threads",
-        "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np, scipy, PIL)},
-        "git": git and git.stdout.strip(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
         "seconds": round(time.time() - START, 1),
+        "git": git if status == 0 else None,
+        **facts,
         **numbers,
     }
-    text = json.dumps(record, indent=2, default=str) + "\n"
-    write_file(args.out / "results.json", lambda file: file.write(text.encode()))
+    with whole_file(args.out / "results.json") as file:
+        file.write(json.dumps(record, indent=2, default=str).encode())
     return record
 
 
 def download(url, path, sha256=""):
-    """`path`, fetched from `url` if absent, whole or not at all; Failure says what to put where.
-    `sha256`: how the content's hash, in hexadecimal, begins."""
+    """Fetch `url` to `path`, unless it is there, whole or not at all; raises Failure.
+
+    `sha256` is how the content's hash, in hexadecimal, must begin.
+    """
     if path.exists():
         return path
-    with advise(f"could not download {url}", f"put that file at {path}"):
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            size, blocks = answer.length, iter(lambda: answer.read(1 << 20), b"")
-            content = b"".join(progress(blocks, path.name, disable=path.suffix == ".jpg"))
-        digest = hashlib.sha256(content).hexdigest()
-        if size not in (None, len(content)) or not digest.startswith(sha256):
-            raise OSError(f"{len(content)} of {size or '?'} bytes came, SHA-256 {digest[:8]}...")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda file: file.write(content))
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            blocks = iter(lambda: answer.read(2**20), b"")
+            megabytes = (answer.length or 0) / 2**20
+            content = b"".join(progress(blocks, path.name, megabytes, delay=5))
+        if answer.length or not hashlib.sha256(content).hexdigest().startswith(sha256):
+            raise OSError(f"the {len(content)} bytes that came are not the whole file")
+    except Exception as problem:  # urllib raises many kinds
+        raise Failure(f"{url} did not come: {problem}; put that file at {path}") from None
+    with whole_file(path) as file:
+        file.write(content)
     return path
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), of two Gaussians (Dowson & Landau 1982).
+    """||mu1 - mu2||^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two Gaussians (Dowson & Landau 1982).
 
-    Means (D,) and covariances (D, D), taken to float64; returns a float. FID is this on Inception
-    features (Heusel et al. 2017, arXiv 1706.08500). Raises ValueError for other or infinite ones.
+    Means (D,) and covariances (D, D), computed in float64; FID is this distance in Inception's
+    features (Heusel et al. 2017, arXiv 1706.08500). ValueError for other shapes or NaN.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    shapes, d = [x.shape for x in (mu1, mu2, sigma1, sigma2)], mu1.size
-    finite = all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2))
-    if shapes != [(d,), (d,), (d, d), (d, d)] or not finite:
-        raise ValueError(f"means (D,), covariances (D, D)? Got {shapes}, finite: {finite}")
-    values, vectors = np.linalg.eigh([sigma1, sigma2])
-    if (values[:, 0] < 1e-12 * values[:, -1]).any():
-        # rounding turns zero eigenvalues of S1 S2 negative, and sqrtm is slow and inexact: of
-        # S = F F^T without them, tr sqrt(S1 S2) is the sum of the singular values of F1^T F2
-        rounding = values[:, -1:] * d * np.finfo(float).eps
-        factors = vectors * np.sqrt(np.where(values > rounding, values, 0))[:, None]
-        cross = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
+    means = np.asarray_chkfinite([mu1, mu2], np.float64)
+    sigmas = np.asarray_chkfinite([sigma1, sigma2], np.float64)
+    if means.shape != sigmas.shape[:2]:
+        raise ValueError(f"(D,) and (D, D)? Got {means.shape}, {sigmas.shape}")
+    values, vectors = np.linalg.eigh(sigmas)
+    if (values[:, 0] > 1e-12 * values[:, -1]).all():
+        cross = np.trace(scipy.linalg.sqrtm(sigmas[0] @ sigmas[1])).real
     else:
-        cross = np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+        # sqrtm is slow and inexact where a covariance is singular, as it is with fewer samples
+        # than D; with S = F F^T, the trace is the nuclear norm of F1^T F2
+        rounding = values[:, -1:] * len(mu1) * np.finfo(float).eps
+        values[values < rounding] = 0
+        factors = vectors * np.sqrt(values)[:, None]
+        cross = np.linalg.norm(factors[0].T @ factors[1], "nuc")
+    return float(np.square(means[0] - means[1]).sum() + values.sum() - 2 * cross)
 
 
 def frechet_distance_torch(x, y):
-    """The same of features x (N, D), y (M, D), N, M > 1: a scalar, differentiable; in float64.
+    """The same distance between features x (N, D) and y (M, D): a scalar, differentiable in x.
 
-    With A, B the centred features over sqrt(n - 1), S1 = A^T A, S2 = B^T B, and tr sqrt(S1 S2) is
-    the nuclear norm of A B^T (N, M): exact with few samples, too; QR makes many few. The norm's
-    gradient is the polar factor U V^T (Watson 1992): autograd's way through an SVD divides by
-    differences of singular values. Raises ValueError as `frechet_distance` does.
+    With centred features A, B over sqrt(n - 1), tr sqrt(S1 S2) is the nuclear norm of A B^T (N, M):
+    exact also when N < D. Its gradient is the polar factor U V^T (Watson 1992); autograd through
+    an SVD would divide by differences of singular values. ValueError for other shapes or NaN.
     """
-    fit = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and min(len(x), len(y)) > 1
-    if not (fit and x.isfinite().all() and y.isfinite().all()):
-        raise ValueError(f"finite (N, D), (M, D)? Got {tuple(x.shape)}, {tuple(y.shape)}")
-    dtype, exact = x.dtype, torch.float32 if x.device.type == "mps" else torch.float64
-    x, y = x.to(exact), y.to(exact)
-    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    fit = x.ndim == 2 and x.shape[1:] == y.shape[1:] and min(len(x), len(y)) > 1
+    if not fit or not torch.cat([x, y]).isfinite().all():
+        raise ValueError(
+            "features must be finite, (N, D) and (M, D), with N and M above 1"
+        )
+    dtype = x.dtype
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    x = x.to(exact)
+    y = y.to(exact)
+    a = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    b = (y - y.mean(0)) / (len(y) - 1) ** 0.5
     with torch.no_grad():
-        (qa, ra), (qb, rb) = torch.linalg.qr(a), torch.linalg.qr(b)
+        qa, ra = torch.linalg.qr(a)  # QR shrinks A B^T to (D, D) at most
+        qb, rb = torch.linalg.qr(b)
         u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
-        # a null direction has no polar factor
-        keep = s > s.max() * max(len(ra), len(rb)) * torch.finfo(exact).eps
-        polar = u[:, keep] @ vh[keep]
-        grad_a, grad_b = qa @ (polar @ rb), qb @ (polar.T @ ra)
+        # a direction of singular value 0 has no polar factor
+        rank = (s > s[0] * max(len(ra), len(rb)) * torch.finfo(exact).eps).sum()
+        polar = u[:, :rank] @ vh[:rank]
+        grad_a = qa @ polar @ rb
+        grad_b = qb @ polar.T @ ra
     # the value of s.sum(), with the gradient of the nuclear norm
     cross = (a * grad_a).sum() + (b * grad_b).sum() - s.sum()
     means = (x.mean(0) - y.mean(0)).square().sum()
     return (means + a.square().sum() + b.square().sum() - 2 * cross).to(dtype)
 
 
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # the name ends in the start of its SHA-256
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+INCEPTION = (
+    "pt_inception-2015-12-05-6726825d.pth"  # the name ends in the start of its SHA-256
+)
+INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+)
 
 
 def inception_features(images, weights=None, device="cpu"):
     """FID's features (N, 2048), float32, of images (N, 1 or 3, H, W) in [0, 1], else ValueError.
 
-    The network is TensorFlow's Inception v3: torchvision's, but with 1,008 outputs, average pooling
-    that doesn't count the padding, and max pooling in the last block. `weights`: path of INCEPTION;
-    None: in data/, downloaded once. Raises Failure for another network's.
+    The network is TensorFlow's Inception v3: torchvision's with 1,008 outputs, average pooling that
+    does not count the padding, and max pooling in the last block. `weights` is the path of
+    INCEPTION, downloaded to data/ if None. Raises Failure for another network's weights.
     """
     images = torch.as_tensor(images)
-    fit = images.ndim == 4 and images.shape[1] in (1, 3) and images.is_floating_point()
-    if not (fit and len(images) and 0 <= images.min() <= images.max() <= 1):
-        raise ValueError(f"floats (N, 1 or 3, H, W) in [0, 1]? Got {tuple(images.shape)}")
-    weights = weights or download(INCEPTION_URL, Path("data") / INCEPTION, INCEPTION[-12:-4])
-    how = {"num_classes": 1008, "aux_logits": False, "init_weights": False}
-    network, advice = torchvision.models.inception_v3(**how), f"put {INCEPTION_URL} there"
-    with advise(f"{weights} is not FID's Inception", advice):
-        network.load_state_dict(load_checkpoint(weights, None, advice))
-
-    def uncount_padding(_, pooled):  # torchvision divides every 3x3 sum by 9, at the border, too
-        return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, 1, 1)
-
-    def pool_by_maximum(block, images, output):
-        pooled = block.branch_pool(F.max_pool2d(images[0], 3, 1, 1))
-        return torch.cat([output[:, : -pooled.shape[1]], pooled], 1)
-
-    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        branch = getattr(network, f"Mixed_{name}").branch_pool
-        branch.register_forward_pre_hook(uncount_padding)
-    network.Mixed_7c.register_forward_hook(pool_by_maximum)
+    fit = images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
+    if not (fit and 0 <= images.min() <= images.max() <= 1):
+        raise ValueError(f"(N, 1 or 3, H, W) in [0, 1]? Got {tuple(images.shape)}")
+    if weights is None:
+        weights = download(INCEPTION_URL, Path("data", INCEPTION), INCEPTION[-12:-4])
+    network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    try:
+        network.load_state_dict(load_checkpoint(weights, f"put {INCEPTION_URL} there"))
+    except RuntimeError as problem:
+        raise Failure(f"{weights} is not {INCEPTION_URL}: {problem}") from None
+    network = torch.fx.symbolic_trace(network.eval())
+    pools = network.graph.find_nodes(op="call_function", target=F.avg_pool2d)
+    for pool in pools:
+        pool.update_kwarg("count_include_pad", False)
+    pools[-1].target = F.max_pool2d
+    pools[-1].kwargs = {"kernel_size": 3, "stride": 1, "padding": 1}
+    network.recompile()
     network.fc = torch.nn.Identity()
-    network, features = network.eval().to(device), []
+    network.to(device)
+    features = []
     with torch.inference_mode():
         for part in progress(images.split(50), "Inception"):
             part = part.to(device, torch.float32).expand(-1, 3, -1, -1)
@@ -345,107 +380,67 @@ def inception_features(images, weights=None, device="cpu"):
 def load_mnist(data_dir, train=True):
     """MNIST's 60,000 training or 10,000 test digits, downloaded to `data_dir`/MNIST/raw if absent.
 
-    Returns images (N, 1, 28, 28) float32 in [0, 1], labels (N,) int64; or raises Failure.
+    Returns images (N, 1, 28, 28) float32 in [0, 1], labels (N,) int64; raises Failure.
     """
-    part = Path(data_dir, "MNIST", "raw", "train" if train else "t10k")
-    files = f"{part}-images-idx3-ubyte, {part.name}-labels-idx1-ubyte"
-    advice = "delete them, or put MNIST's four files there, or use --dataset glyphs"
-    socket.setdefaulttimeout(20)  # torchvision would wait for ever
-    with advise(files, advice), contextlib.redirect_stdout(io.StringIO()):
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
+    try:
         digits = torchvision.datasets.MNIST(data_dir, train, download=True)
-        images, labels = digits.data, digits.targets
-        if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
-            raise ValueError(f"not MNIST: {tuple(images.shape)}, {len(labels)} labels")
-    return images.unsqueeze(1).float() / 255, labels
+        if digits.data.shape != (len(digits.targets), 28, 28) or digits.targets.max() > 9:
+            raise ValueError("they do not hold digits of 28 x 28 pixels and their labels")
+    except Exception as problem:  # torchvision raises many kinds
+        files = f"{data_dir}/MNIST/raw/{'train' if train else 't10k'}-*-ubyte"
+        text = f"{files}: {problem}; delete them, or use --dataset glyphs"
+        raise Failure(text) from None
+    return digits.data.unsqueeze(1).float() / 255, digits.targets
 
 
 def glyphs(n, seed=0):
-    """`n` digits in Pillow's built-in font, each with a stroke, rotation, shear, scale and place.
+    """`n` digits in Pillow's built-in font, of random stroke, rotation, shear, scale and position.
 
     Returns what `load_mnist` does, the classes in turn; the same for a `seed`, whatever `n`.
     """
-    canvas, strokes, font = 56, 4, ImageFont.load_default(40)
-    prototypes = torch.zeros(10, strokes, 1, canvas, canvas)
-    for digit, stroke in np.ndindex(10, strokes):
-        image = Image.new("L", (canvas, canvas))
-        ink, middle = ImageDraw.Draw(image), (canvas / 2, canvas / 2)
-        ink.text(middle, str(digit), 255, font, "mm", stroke_width=stroke)
-        prototypes[digit, stroke] = torch.from_numpy(np.array(image)) / 255
-    labels, images = torch.arange(n) % 10, torch.empty(n, 1, 28, 28)
-    draws = torch.rand(n, 7, generator=torch.Generator().manual_seed(seed))  # a row for each image
-    angle, shear, x, y, scale_x, scale_y = (draws[:, :6] * 2 - 1).unbind(1)
-    cos, sin = (0.3 * angle).cos(), (0.3 * angle).sin()  # radians: 17 degrees to either side
-    a, b = cos / (0.8 + 0.15 * scale_x), -sin / (0.8 + 0.15 * scale_y)
-    affine = torch.stack([a, b + 0.3 * shear, 0.15 * x, -b, a, 0.15 * y], 1).view(n, 2, 3)
-    for part in torch.arange(n).split(2000):
-        drawn = prototypes[labels[part], (draws[part, 6] * strokes).long()]
-        grid = F.affine_grid(affine[part], drawn.shape, align_corners=False)
-        images[part] = F.avg_pool2d(F.grid_sample(drawn, grid, align_corners=False), 2)
-    return images.clamp_(0, 1), labels
+    font = ImageFont.load_default(40)
+    move = transforms.RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
+    images = np.empty((n, 1, 28, 28), np.uint8)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for i in progress(range(n), "drawing digits"):
+            canvas = Image.new("L", (56, 56))
+            stroke = int(torch.randint(4, ()))
+            draw = ImageDraw.Draw(canvas)
+            draw.text((28, 28), str(i % 10), 255, font, "mm", stroke_width=stroke)
+            images[i, 0] = move(canvas).reduce(2)
+    return torch.from_numpy(images) / 255, torch.arange(n) % 10
 
 
 def load_digits(name, data_dir, train=True, limit=None):
-    """(Set used, images, labels) of mnist, glyphs, or auto: MNIST where it can be had."""
-    if name == "auto":
+    """(Data set used, images, labels) of mnist, glyphs, or auto: MNIST where it can be had."""
+    if name != "glyphs":
         try:
-            return load_digits("mnist", data_dir, train, limit)
+            images, labels = load_mnist(data_dir, train)
+            return "mnist", images[:limit], labels[:limit]
         except Failure as problem:
-            line = "*" * 100
-            text = f"WARNING: {problem}\nGLYPHS are drawn instead: no number is a result on MNIST."
-            print(line, text, line, sep="\n", file=sys.stderr)
-    if name == "mnist":
-        return name, *(x[:limit] for x in load_mnist(data_dir, train))
-    return "glyphs", *(glyphs(limit or 60_000, 0) if train else glyphs(limit or 10_000, 1))
-
-
-MOST_DIGITS = 5  # in a scene
-
-
-@functools.cache
-def scene_digits(source, data_dir, split):
-    """`load_digits` of a split, train, validation (the last twelfth of training) or test."""
-    name, images, labels = load_digits(source, data_dir, split != "test")
-    cut = len(images) - len(images) // 12
-    part = {"train": slice(cut), "validation": slice(cut, None), "test": slice(None)}[split]
-    return name, images[part], labels[part]
-
-
-def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
-    """`n` scenes of one to five digits of `source`, mnist, glyphs or auto, and of `split`.
-
-    Each digit has its own colour, size and place, a cell of a 3x3 grid, moved a little, so that
-    digits seldom hide one another. Returns (n, 3, image_size, image_size) float32 in [0, 1] and
-    labels (n, 10) float32, 1 for digits present; the same for a `seed` and digits, whatever `n`.
-    """
-    _, images, labels = scene_digits(source, data_dir, split)
-    side, rng = images.shape[-1], torch.Generator().manual_seed(seed)
-    draws = torch.rand(n, 13 + 7 * MOST_DIGITS, generator=rng)  # a row for each scene
-    ground, cells = 0.4 * draws[:, 1:4], draws[:, 4:13].argsort(1)
-    slots = draws[:, 13:].view(n, MOST_DIGITS, 7)
-    shown = torch.arange(MOST_DIGITS) < 1 + (draws[:, :1] * MOST_DIGITS).long()
-    digit = (slots[..., 0] * len(images)).long()
-    scale = image_size * (20 + 10 * slots[..., 1]) / (64 * side)  # 20 to 30 of 64 pixels
-    place = torch.stack([cells // 3, cells % 3], 2)[:, :MOST_DIGITS] - 1
-    centre = image_size * (0.5 + 0.29 * place + 0.06 * (2 * slots[..., 2:4] - 1))
-    scenes = ground[..., None, None].repeat(1, 1, image_size, image_size)
-    for slot in range(MOST_DIGITS):
-        for rows in shown[:, slot].nonzero()[:, 0].split(64):  # 64 fit a CPU's cache
-            # bilinear resampling is separable, as nothing turns: hat functions * digit * hats
-            at = torch.arange(image_size) + 0.5 - centre[rows, slot, :, None]
-            at = at / scale[rows, slot, None, None] + side / 2 - 0.5
-            down, across = (1 - (at[..., None] - torch.arange(side)).abs()).clamp_(0).unbind(1)
-            ink = down @ images[digit[rows, slot], 0] @ across.mT
-            colour = 0.6 + 0.4 * slots[rows, slot, 4:, None, None]
-            scenes[rows] = torch.lerp(scenes[rows], colour, ink[:, None])
-    return scenes, torch.zeros(n, 10).scatter_reduce(1, labels[digit], shown.float(), "amax")
+            if name == "mnist":
+                raise
+            warning = "GLYPHS are drawn instead: no number is a result on MNIST."
+            print("WARNING " * 12, problem, warning, sep="\n", file=sys.stderr)
+    if train:
+        return "glyphs", *glyphs(limit or 60_000, seed=0)
+    return "glyphs", *glyphs(limit or 10_000, seed=1)
 
 
 class Photos(torch.utils.data.Dataset):
-    """Photos, read when asked for: each (3, S, S) float32 in [0, 1], a slice (N, 3, S, S), squashed
-    by `resize(image, size, filter)`, upright as its EXIF says, transparency laid on white."""
+    """Photos read when asked for: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
 
-    def __init__(self, paths, image_size, resize=Image.Image.resize):
-        self.paths, self.image_size, self.resize = list(paths), image_size, resize
+    Each is turned as its EXIF says, laid on white where transparent, and made a tensor by
+    `transform`; None squashes it to `image_size` pixels. Raises Failure for unreadable ones.
+    """
+
+    def __init__(self, paths, image_size, transform=None):
+        self.paths = list(paths)
+        self.image_size = image_size
+        squash = transforms.Resize((image_size, image_size))
+        self.transform = transform or transforms.Compose([squash, transforms.ToTensor()])
 
     def __len__(self):
         return len(self.paths)
@@ -453,15 +448,17 @@ class Photos(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return torch.stack([self[j] for j in range(len(self))[i]])
-        path, size = self.paths[i], (self.image_size, self.image_size)
-        with warnings.catch_warnings(action="ignore"), advise(path, "no photo that can be read"):
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = self.resize(image.convert("RGB"), size, Image.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        try:
+            with Image.open(self.paths[i]) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError("its pixels have more than 8 bits; convert it")
+                image.getexif()  # is remembered; Pillow could not write all EXIF back
+                image.info.pop("exif", None)
+                image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return self.transform(image.convert("RGB"))
+        except Exception as problem:  # Pillow raises many kinds
+            raise Failure(f"{self.paths[i]} is no readable photo: {problem}") from None
 
 
 COCO_URL = "http://images.cocodataset.org/"
@@ -470,30 +467,37 @@ COCO_URL = "http://images.cocodataset.org/"
 def load_coco(data_dir, image_size, limit=None, split="val2017"):
     """COCO's photos, labels and class names from `data_dir`/coco; what is absent is downloaded.
 
-    Returns `Photos` in ascending id order (the first `limit`), labels (N, 80) float32, 1 for the
-    classes present, and the names in ascending category id order; or raises Failure.
+    Returns `Photos` in ascending id order (the first `limit`), labels (N, L) float32, 1 for the
+    classes present, and the L names in ascending category id order; raises Failure.
     """
-    folder = Path(data_dir) / "coco"
+    folder = Path(data_dir, "coco")
     path = folder / "annotations" / f"instances_{split}.json"
+    packed = path.with_name("annotations_trainval2017.zip")
     if not path.exists():  # all annotations come in one file of 241 MB
-        packed = path.with_name("annotations_trainval2017.zip")
         download(f"{COCO_URL}annotations/{packed.name}", packed)
-        with advise(packed, f"delete it, or put {path.name} beside it"):
+    try:
+        if path.exists():
+            text = path.read_bytes()
+        else:
             text = zipfile.ZipFile(packed).read(f"annotations/{path.name}")
-            write_file(path, lambda file: file.write(text))
-    with advise(f"{path} is damaged, or not COCO's", "delete it, and it is downloaded again"):
-        content = json.loads(path.read_bytes())
-        images = {image["id"]: image["file_name"] for image in content["images"]}
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        plain = {name for name in images.values() if re.fullmatch(r"[\w-]+\.\w+", name)}
-        if not images or len(plain) < len(content["images"]):
-            raise ValueError("no photo, one twice, or one such as ../../x, to be overwritten")
-        row, column = ({key: i for i, key in enumerate(sorted(x))} for x in (images, categories))
-        labels = torch.zeros(len(row), len(column))
+        content = json.loads(text)
+        # a name's folders are dropped: no photo may be written elsewhere
+        files = {
+            image["id"]: Path(image["file_name"]).name for image in content["images"]
+        }
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        if not 0 < len(set(files.values())) == len(content["images"]):
+            raise ValueError("it has no photo, or one twice")
+        classes = sorted(names)
+        labels = {image: torch.zeros(len(classes)) for image in sorted(files)}
         for annotation in content["annotations"]:
-            labels[row[annotation["image_id"]], column[annotation["category_id"]]] = 1
-    photos = [folder / split / images[key] for key in row][:limit]
-    urls = [f"{COCO_URL}{split}/{photo.name}" for photo in photos]
+            labels[annotation["image_id"]][classes.index(annotation["category_id"])] = 1
+    except Exception as problem:  # of as many kinds as there are damages
+        text = f"{path} is not COCO's ({problem!r}); delete it and {packed.name}"
+        raise Failure(text) from None
+    paths = [folder / split / files[image] for image in labels][:limit]
+    urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(progress(pool.map(download, urls, photos), "photos", len(photos)))
-    return Photos(photos, image_size), labels[:limit], [categories[key] for key in column]
+        list(progress(pool.map(download, urls, paths), "photos", len(paths)))
+    rows = torch.stack(list(labels.values()))
+    return Photos(paths, image_size), rows[:limit], [names[key] for key in classes]

@@ -1,704 +1,1185 @@
-"""Weeks 3 to 5: PGD, a single-label attack, on a multi-label classifier.
+"""Weeks 3 to 5: PGD, an attack on single-label classifiers, against a multi-label classifier.
 
-PGD moves each pixel by at most eps so that a classifier gives a label that the attacker chose. In
-the log it switched nearly every label off (week 3), hardly moved an ImageNet network (week 4) and,
-asked for more donuts, got fewer of everything (week 5). A possible cause: the package that the
-log's TResNet used gave a wrong gradient (asl_model.inplace_abn_1_0_12). Here the attacks on record
-run with that gradient and the right one, beside noise and `margin`, which switches one label only.
+PGD changes each pixel by at most eps, so that a classifier gives the answer the attacker wants. In
+the log, PGD switched off nearly every label of a multi-label classifier (week 3), barely moved an
+ImageNet classifier on COCO photos (week 4), and lost labels when it asked for more donuts (week 5).
+The likely cause is a wrong gradient (asl_model.inplace_abn_1_0_12). This script runs the logged
+attacks with the wrong and the right gradient, beside uniform noise and beside `margin`, an attack
+that switches one label and keeps the others.
 
-    python pgd_attack.py                    margin on scenes of digits
-    python pgd_attack.py --dataset coco --model asl --target person    COCO, published TResNet-M
-    python pgd_attack.py --week 5           or 3: on scenes, or --dataset coco
-    python pgd_attack.py --week 4           on digits; --model resnet18: on photos
-    python pgd_attack.py --sweep            over eps, with controls
-    python pgd_attack.py --image photo.jpg --target dog                one photo
-    torchrun --nproc-per-node 8 pgd_attack.py ...                      images shared out
+    python pgd_attack.py                             margin on scenes of digits; no download
+    python pgd_attack.py --dataset coco --model asl --target person
+    python pgd_attack.py --week 5                    or 3; on scenes, or with --dataset coco
+    python pgd_attack.py --week 4                    on digits; on photos with --model resnet18
+    python pgd_attack.py --sweep                     success over eps, with four controls
+    python pgd_attack.py --dose                      the wrong gradient, activation by activation
+    python pgd_attack.py --image photo.jpg --target dog
+    torchrun --nproc-per-node 8 pgd_attack.py ...    splits the images across processes
 
-Writes into --out: results.json, adversarial.npz, pgd-attack-on-<model>.png and, of weeks 3 and 5,
-bars.png, of --sweep sweep.png.
+Writes into --out: results.json, adversarial.npz and figures (PNG).
 """
 
+import argparse
+import contextlib
 import datetime
-import functools
+import difflib
+import json
 import math
 import os
-import time
+import re
+import runpy
+import sys
+import tempfile
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.utils.data import DataLoader
-from torchvision.transforms.functional import to_pil_image
+from torch.nn import functional as F
+from torchvision import models, transforms
 
 import acwgan
 import asl_model
 import common
-import transfer
 
-PINNED = "inplace-abn-1.0.12"  # the gradient of the package that the log's TResNet was pinned to
-SWEEP = tuple(eps / 255 for eps in (0, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
-DATASETS = {  # that a kind of model can be shown; the first one unless --dataset says
+# the gradient of the package that the ASL repository pinned
+INPLACE_ABN = "inplace-abn-1.0.12"
+DATASETS = {  # by kind of model; the first is the default
     "asl": ("scenes", "coco"),
     "own": ("coco",),
     "digits": ("auto", "mnist", "glyphs"),
     "torchvision": ("imagenet", "coco"),
 }
-DEFAULTS = {  # target, eps, images at a time
+DEFAULTS = {  # target, eps, images per batch
     "scenes": ("8", 0.1, 256),
     "coco": ("person", 8 / 255, 16),
     "digits": ("3", 0.3, 256),
-    "torchvision": ("night snake", 8 / 255, 16),  # ImageNet's class 60, as in the log
+    "torchvision": ("night snake", 8 / 255, 16),  # class 60 of ImageNet, as in the log
 }
+# a repeated run may differ in these
+FREE = ("data", "out", "device", "force", "save", "batch_size")
+
+
+def fraction(text):
+    """An argparse type: a number above 0 and up to 1, which may be written as 8/255."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = 0
+    if 0 < value <= 1:
+        return value
+    text = f"{text!r} is not above 0 and up to 1; 8 of 255 grey levels are 8/255"
+    raise argparse.ArgumentTypeError(text)
 
 
 def settings(argv=None):
-    """The flags, every default resolved, and `kind`, of DATASETS."""
-    names, limit = dict.fromkeys(sum(DATASETS.values(), ())), "attack only the first N"
-    p = common.parser(__doc__, None, None, names, "what is attacked (otherwise it varies)", limit)
-    add, count, positive = p.add_argument, common.count, common.positive
-    mode = p.add_mutually_exclusive_group().add_argument
-    mode("--image", type=Path, metavar="FILE", help="attack this one photo")
-    mode("--week", type=int, choices=(3, 4, 5), help="the attacks on record, beside the right one")
-    mode("--sweep", action="store_true", help="eps from 0 to 16/255, and controls")
-    model = "asl; FILE.py:FUNCTION, your own; digits; or torchvision's, such as resnet18"
-    add("--model", help=f"{model} (otherwise asl, with --week 4 digits)")
-    add("--weights", type=Path, metavar="FILE", help="its weights (otherwise those published)")
-    add("--gradient", choices=("right", PINNED), default="right", help="that the attack follows")
-    add("--split", choices=("val2017", "train2017"), default="val2017", help="of coco")
-    add("--augment", action="store_true", help="show coco's photos as in training")
-    add("--digits", choices=("auto", "mnist", "glyphs"), default="auto", help="that scenes show")
-    add("--target", metavar="NAME", help="label to switch (otherwise it varies, see DEFAULTS)")
-    add("--direction", choices=("on", "off", "flip"), help="of the switch (flip; with --week, on)")
-    add("--loss", choices=LOSS, default="margin", help="of the attack")
-    add("--threshold", type=positive, default=0.5, help="a label is present above this probability")
-    add("--eps", type=positive, help="pixels' largest change, of 1 (8/255; scenes 0.1; digits 0.3)")
-    add("--alpha", type=positive, default="2/255", help="size of a step, of 1")
-    add("--steps", type=count(1), default=40, help="steps of each image, at most")
-    add("--restarts", type=count(0), default=2, help="further tries of margin, from random starts")
-    add("--save", type=count(0), metavar="N", default=16, help="images kept in adversarial.npz")
-    add("--batch-size", type=count(1), help="images at once (16 photos, else 256)")
+    """The flags, with every default resolved, and `kind`, a key of DATASETS."""
+    names = ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto")
+    about = "images to attack; the default depends on the model"
+    p = common.parser(__doc__, None, names, about, "attack only the first N images")
+    p.set_defaults(dataset=None)
+    add = p.add_argument
+    mode = p.add_mutually_exclusive_group()
+    text = "run the attacks of this week of the log, beside the corrected one"
+    mode.add_argument("--week", type=int, choices=(3, 4, 5), help=text)
+    mode.add_argument(
+        "--sweep", action="store_true", help="attack with eps from 0.25/255 to 16/255"
+    )
+    text = "run week 5's attack with ever more activations' derivatives skipped"
+    mode.add_argument("--dose", action="store_true", help=text)
+    add("--image", type=Path, metavar="FILE", help="attack this photo")
+    text = "asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 digits)"
+    add("--model", help=text)
+    text = "checkpoint of --model (the one trained here, else the published one)"
+    add("--weights", type=Path, metavar="FILE", help=text)
+    text = "gradient that the attack uses (right)"
+    add("--gradient", choices=("right", INPLACE_ABN), help=text)
+    splits = ("val2017", "train2017")
+    add("--split", choices=splits, default="val2017", help="part of COCO")
+    add("--augment", action="store_true", help="augment COCO's photos as in training")
+    add("--target", metavar="NAME", help="label or class that the attack is about")
+    text = "how the target label is to change (flip; with --week and --dose on)"
+    add("--direction", choices=("on", "off", "flip"), help=text)
+    add("--loss", choices=LOSSES, help="loss of the attack (margin)")
+    text = "probability above which a label is present"
+    add("--threshold", type=common.number(float, 0.001, 0.999), default=0.5, help=text)
+    text = "largest change of a pixel, of 1 (8/255; digits 0.3; scenes 0.1)"
+    add("--eps", type=fraction, help=text)
+    add("--alpha", type=fraction, help="step size, of 1 (2/255)")
+    add("--steps", type=common.number(int, 1), help="most steps per image (40)")
+    add("--restarts", type=common.number(int, 0), help="further tries of margin (2)")
+    text = "images whose pixels adversarial.npz holds"
+    add("--save", type=common.number(int, 0), default=16, metavar="N", help=text)
+    add(
+        "--batch-size",
+        type=common.number(int, 1),
+        help="images per batch (16 photos, else 256)",
+    )
     args = p.parse_args(argv)
 
-    args.model = args.model or ("digits" if args.week == 4 else "asl")
-    args.kind = "own" if ":" in args.model else args.model
-    args.kind = args.kind if args.kind in DATASETS else "torchvision"
-    several, shown = args.kind in ("asl", "own"), DATASETS[args.kind]
-    if args.dataset is None and (args.image or args.kind != "torchvision" or not args.week):
-        args.dataset = "coco" if several and (args.image or args.weights) else shown[0]
-    photos = several and args.dataset == "coco" and not args.image
-    for refused, text in (
-        (args.dataset not in (None, *shown), f"--dataset of this model: {' or '.join(shown)}"),
-        (args.threshold >= 1, "--threshold must lie below 1"),
-        (several and args.week == 4, "--week 4 needs one label: --model digits, or resnet18"),
-        (not several and args.week in (3, 5), f"--week {args.week} needs --model asl or your own"),
-        (not several and args.sweep, "--sweep needs --model asl or your own"),
-        (args.loss != "margin" and (args.week or not several), "--loss needs labels and no --week"),
-        (args.image and args.kind == "digits", "--image needs a network of photos"),
-        (args.augment and not photos, "--augment is of --dataset coco"),
-        (args.weights and args.kind in ("own", "digits"), "--weights: this model has its own"),
-    ):
-        if refused:
-            p.error(text)
-    target, eps, batch_size = DEFAULTS[args.dataset if several else args.kind]
-    if args.week == 5 and args.dataset == "coco":
-        target = "dining table"  # the log's output 60, which it took for donut
-    args.target = target if args.target is None else args.target
-    args.eps = args.eps or eps
-    args.batch_size = args.batch_size or batch_size
-    args.direction = args.direction or ("on" if args.week or not several else "flip")
-    run = f"week{args.week}" if args.week else "sweep" if args.sweep else "attack"
-    subject = "digits" if args.kind == "digits" else args.dataset or args.kind
-    run = f"image-{args.image.stem}" if args.image else f"{run}-{subject}"
-    args.out = args.out or Path("runs/pgd_attack", run)
+    if args.model is None:
+        args.model = "digits" if args.week == 4 else "asl"
+    args.kind = args.model if args.model in DATASETS else "torchvision"
+    if ":" in args.model:
+        args.kind = "own"
+    multi_label = args.kind in ("asl", "own")
+    if multi_label and args.week == 4:
+        p.error("--week 4 needs a classifier of one label: --model digits, or resnet18")
+    if not multi_label:
+        for flag in ("sweep", "dose", "loss", "direction", "restarts"):
+            if getattr(args, flag):
+                p.error(f"--{flag} needs --model asl, or your own network")
+        if args.week in (3, 5):
+            p.error(f"--week {args.week} needs --model asl, or your own network")
+    fixed = ["eps"] if args.sweep else []
+    if args.week or args.dose:
+        fixed = ["loss", "gradient", "eps", "alpha", "steps", "restarts"]
+    if args.image:
+        fixed += ["sweep", "dose", "augment", "limit"]
+    if args.kind in ("own", "digits"):
+        fixed += ["weights"]
+    for flag in fixed:
+        if getattr(args, flag):
+            p.error(f"--{flag} has no effect on this run")
+    if args.image and not args.image.exists():
+        p.error(f"--image: there is no file {args.image}")
+    if args.dataset is None:
+        args.dataset = DATASETS[args.kind][0]
+        if args.kind == "asl" and (args.image or args.weights):
+            args.dataset = "coco"
+    if args.dataset not in DATASETS[args.kind]:
+        names = " or ".join(DATASETS[args.kind])
+        p.error(f"--dataset: --model {args.model} takes {names}")
+    if args.augment and args.dataset != "coco":
+        p.error("--augment needs --dataset coco")
+
+    target, eps, batch_size = DEFAULTS[args.dataset if multi_label else args.kind]
+    if args.dataset == "coco" and (args.week == 5 or args.dose):
+        target = "dining table"  # output 60; the log took it for the donut, whose category id is 60
+    defaults = {"target": target, "eps": eps, "batch_size": batch_size, "alpha": 2 / 255}
+    defaults.update(steps=40, restarts=2, loss="margin", gradient="right")
+    defaults["direction"] = "flip"
+    if args.week or args.dose or not multi_label:
+        defaults["direction"] = "on"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.out is None:
+        args.out = Path("runs/pgd_attack", run_name(args))
     return args
 
 
-def pgd(model, images, targets, loss, eps=8 / 255, alpha=2 / 255, steps=40,
-        random_start=False, early_stop=False, clip=(0, 1), momentum=0):  # fmt: skip
-    """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): alpha * sign(gradient) down `loss`.
+def network_name(args):
+    """The attacked network's name in titles and file names."""
+    return Path(args.weights or args.model.partition(":")[0]).stem
 
-    model: images (N, C, H, W) in `clip` -> logits (N, L). It is run in eval mode, left as it was.
-    targets: what `loss(logits, targets)` needs, a row per image: class indices (N,) int64, or
-    wanted labels (N, L) of 0 and 1. The loss is a scalar or one value per image; of a scalar, no
-    image's part may depend on another's.
-    early_stop: an image that has reached its goal leaves the batch as it is then. True: see
-    `goal_reached`; or a callable (logits, targets) -> bool (N,).
-    random_start: from a uniformly random point of the ball, of torch's global generator.
-    momentum: share of the last step's direction, of gradients of equal L1 norm (Dong et al. 2018,
-    arXiv 1710.06081).
 
-    Returns the adversarial images, of the same shape, within eps of `images` and within `clip`.
-    Raises ValueError for images outside `clip` and sizes that make no sense, and common.Failure
-    if the model's answer or the gradient is no finite number.
+def run_name(args):
+    """The default folder's name, from the run, the network, the data and the target."""
+    run = "attack"
+    if args.week:
+        run = f"week{args.week}"
+    elif args.sweep or args.dose:
+        run = "sweep" if args.sweep else "dose"
+    data = args.image.stem if args.image else args.dataset
+    if args.split == "train2017":
+        data = "train2017-augmented" if args.augment else "train2017"
+    return re.sub(r"[^\w.-]", "_", f"{run}-{network_name(args)}-{data}-{args.target}")
+
+
+# --- the attack
+
+
+def pgd(
+    model,
+    images,
+    targets,
+    loss,
+    eps=8 / 255,
+    alpha=2 / 255,
+    steps=40,
+    random_start=False,
+    early_stop=False,
+    clip=(0, 1),
+    momentum=0,
+):
+    """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): steps of -alpha * sign(gradient).
+
+    model: images (N, C, H, W) in `clip` -> logits (N, L). It runs in eval mode and is restored.
+    targets: what `loss(logits, targets)` needs, one row per image: class indices (N,) int64, or
+    wanted labels (N, L) of 0 and 1.
+    loss: returns a scalar or one value per image, and is minimised. No image's part of a scalar
+    may depend on another image.
+    eps, alpha: the largest change of a pixel and the step size, in the unit of the images.
+    early_stop: an image stays as it is once its goal is reached. True: see `goal_reached`; or a
+    callable (logits, targets) -> bool (N,).
+    random_start: start from a uniformly random point within eps, by torch's global generator.
+    momentum: share of the previous direction, for gradients of equal L1 norm (Dong et al. 2018,
+    arXiv 1710.06081, equation 6).
+
+    Returns the adversarial images: same shape, within eps of `images` and within `clip`.
+    Raises ValueError for images outside `clip` or sizes that make no sense, and common.Failure if
+    no gradient reaches the images, or if the logits or the gradient are not finite.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
         text = f"{len(images)} images with {len(targets)} targets"
-        raise ValueError(f"{text}; eps {eps}, alpha {alpha}, steps {steps}: none may be negative")
-    if len(images) and not (clip[0] <= images.min() and images.max() <= clip[1]):
+        text = f"{text}; eps {eps}, alpha {alpha}, steps {steps}"
+        raise ValueError(f"{text}: none may be negative")
+    if len(images) == 0:
+        return images.clone()
+    rounding = 1e-6
+    if not (clip[0] - rounding <= images.min() and images.max() <= clip[1] + rounding):
         text = f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}"
         raise ValueError(f"{text}: give them in [0, 1], and normalise inside the model")
-    goal = early_stop if callable(early_stop) else goal_reached
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    images, targets = images.detach(), targets.detach()
-    low, high = (images - eps).clamp(*clip), (images + eps).clamp(*clip)
-    adv = images + eps * (2 * torch.rand_like(images) - 1) if random_start else images.clone()
-    adv = adv.clamp(low, high)
-    result, active = adv.clone(), torch.arange(len(images), device=images.device)
-    direction, finite = torch.zeros_like(images), True
+    reached = early_stop if callable(early_stop) else goal_reached
+    with evaluation_mode(model):
+        images = images.detach().clone()
+        targets = targets.detach().clone()
+        # nextafter: a bound that was rounded outwards would exceed eps
+        low = torch.nextafter(images - eps, images).clamp(*clip)
+        high = torch.nextafter(images + eps, images).clamp(*clip)
+        adversarial = images.clone()
+        if random_start:
+            adversarial += eps * (2 * torch.rand_like(images) - 1)
+        adversarial = adversarial.clamp(low, high)
+        direction = torch.zeros_like(images)
+        broken = torch.zeros((), dtype=torch.bool, device=images.device)
+        active = torch.arange(len(images), device=images.device)
+        for _ in range(steps):
+            x = adversarial[active].requires_grad_()
+            # cloned, as a network may normalise its input in place
+            logits = model(x.clone())
+            if not logits.requires_grad:
+                raise common.Failure("no gradient reaches the images; remove no_grad")
+            (gradient,) = torch.autograd.grad(loss(logits, targets[active]).sum(), x)
+            broken |= ~(logits.isfinite().all() & gradient.isfinite().all())
+            if momentum:
+                norm = gradient.abs().mean((1, 2, 3), keepdim=True)
+                direction[active] *= momentum
+                direction[active] += gradient / norm.clamp(min=1e-30)
+                gradient = direction[active]
+            moved = x.detach() - alpha * gradient.sign()
+            moved = moved.clamp(low[active], high[active])
+            if early_stop:
+                going = ~reached(logits.detach(), targets[active])
+                active = active[going]
+                moved = moved[going]
+            adversarial[active] = moved
+            if len(active) == 0:
+                break
+    if broken:
+        raise common.Failure("the logits, or the loss's gradient, are not finite")
+    return adversarial
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Gradients on, and every module of `model` in eval mode until the end, then as it was."""
+    modes = {}
+    if isinstance(model, nn.Module):
+        modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
             module.training = False
-        for _ in range(steps if len(images) else 0):
-            with torch.enable_grad():
-                adv.requires_grad_()
-                logits = model(adv)
-                (gradient,) = torch.autograd.grad(loss(logits, targets).sum(), adv)
-            # asked at the end: no GPU waits
-            finite &= logits.isfinite().all() & gradient.isfinite().all()
-            if momentum:
-                norm = gradient.abs().mean((1, 2, 3), keepdim=True)
-                gradient = direction = momentum * direction + gradient / norm.clamp(min=1e-30)
-            before, adv = adv.detach(), adv.detach() - alpha * gradient.sign()
-            adv = adv.clamp(low, high)
-            if early_stop:
-                left = (~goal(logits.detach(), targets)).nonzero()[:, 0]
-                if len(left) < len(active):
-                    result[active] = before
-                    state = adv, targets, low, high, direction, active
-                    adv, targets, low, high, direction, active = (x[left] for x in state)
-                if not len(active):
-                    break
-        result[active] = adv.detach()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not finite:
-        raise common.Failure("the model's answer, or the loss's gradient, is not finite")
-    return result
 
 
 def goal_reached(logits, targets):
-    """Whether top-1 is the target (indices), or every logit on the wanted side of 0 (labels)."""
+    """Whether top-1 is the target (indices), or every logit is on its label's side of 0: (N,)."""
     if targets.ndim == 1:
         return logits.argmax(1) == targets
     return ((logits > 0) == (targets > 0.5)).all(1)
 
 
-# --- losses of several labels: logits (N, L), wanted (N, L) of 0 and 1, target index -> (N,)
+def gradient_error(model, images, directions=4, step=1e-8):
+    """How far a network's gradient in its input is off: near 0 if right, near 1 or more if wrong.
 
-MARGIN, KEEP = 1.0, 0.2  # how far past the threshold `margin` pushes the target, keeps the others
-SLACK = 0.05  # an image is done a little past the threshold, not on it, where rounding decides
+    Compares autograd with central differences of `step` at the first of `images` (N, C, H, W) in
+    [0, 1], in float64, along a few random directions: the largest |difference| of the directional
+    derivatives of a random sum of the logits, over the largest derivative. The image is shrunk
+    towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
+    mode and is restored. Returns a float; NaN if the output is random, so that nothing is known.
+    """
+    tensors = []
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [x for x in tensors if x.is_floating_point()]
+    originals = [x.data for x in tensors]
+    stream = torch.Generator().manual_seed(0)
+    noise = torch.rand(images[:1].shape, generator=stream)
+    image = (0.1 + 0.8 * images[:1].cpu() + 0.01 * noise).double().to(images.device)
+    largest = 0
+    error = 0
+    try:
+        for x in tensors:
+            x.data = x.data.double()
+        with evaluation_mode(model):
+            x = image.clone().requires_grad_()
+            logits = model(x.clone())
+            weights = torch.randn(logits.shape, generator=stream).to(logits)
+            (gradient,) = torch.autograd.grad((weights * logits).sum(), x)
+            if not torch.equal(logits, model(image.clone())):
+                return math.nan
+            for _ in range(directions):
+                v = torch.randn(image.shape, generator=stream).to(image)
+                difference = weights * (model(image + step * v) - model(image - step * v))
+                slope = difference.sum().item() / (2 * step)
+                derivative = (gradient * v).sum().item()
+                error = max(error, abs(derivative - slope))
+                largest = max(largest, abs(derivative), abs(slope))
+    finally:
+        for x, original in zip(tensors, originals, strict=True):
+            x.data = original
+    return error / max(largest, 1e-300)
+
+
+# --- losses for several labels: logits (N, L), wanted (N, L) of 0 and 1, target index -> (N,)
+
+MARGIN = 1.0  # how far, in logits, `margin` pushes the target past the threshold
+KEEP = 0.2  # how far it keeps every other label from the threshold
+SLACK = 0.05  # a label within this of the threshold is not done: rounding might undo it
 
 
 def softmax_ce(logits, wanted, target, threshold):
-    """On record on 9 June (week 3): one label's cross-entropy. It falls as all others do."""
+    """Logged on 9 June (week 3): the target's cross-entropy. It falls when other logits fall."""
     sign = 2 * wanted[:, target] - 1
     return -sign * logits.log_softmax(1)[:, target]
 
 
 def bce(logits, wanted, target, threshold):
-    """On record on 11 June, just before week 3's entry: sigmoid, cross-entropy of all labels."""
+    """Logged on 11 June, 17 minutes before week 3's entry: sigmoid and cross-entropy of labels."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
 def softmax_bce(logits, wanted, target=None, threshold=None):
-    """Weeks 4 and 5: binary cross-entropy on a softmax, whose labels share a sum of 1.
+    """Weeks 4 and 5: binary cross-entropy of a softmax, whose labels compete for a sum of 1.
 
-    As torch has it, cut at log(p) = -100; but torch refuses wanted values outside [0, 1], such as
-    the raw logits that week 4's batch wanted.
+    As torch computes it, with log(p) cut at -100; but torch refuses wanted values outside [0, 1],
+    such as the raw logits that the log's week 4 used as the wanted values.
     """
     p = logits.float().softmax(1)
     with torch.no_grad():
-        loss = -wanted * p.log().clamp(min=-100) - (1 - wanted) * (1 - p).log().clamp(min=-100)
+        log_p = p.log().clamp(min=-100)
+        log_1_p = (1 - p).log().clamp(min=-100)
+        loss = -wanted * log_p - (1 - wanted) * log_1_p
         slope = (p - wanted) / (p * (1 - p)).clamp(min=1e-12)
     return (loss + slope * (p - p.detach())).mean(1)
 
 
 def margin(logits, wanted, target, threshold):
-    """Right: the target is pushed until it is MARGIN past the threshold, any other label until it
-    is KEEP past it, on its side: a hinge for each, as in Carlini & Wagner 2017 (arXiv 1608.04644)
-    for the top class."""
+    """The corrected loss: one hinge per label, as Carlini & Wagner (2017, arXiv 1608.04644) have
+    for the top class. The target is pushed MARGIN past the threshold, other labels kept KEEP off.
+    """
     past = distance_past(logits, wanted, threshold)
     others = (KEEP - past).relu().sum(1) - (KEEP - past[:, target]).relu()
     return (MARGIN - past[:, target]).relu() + others
 
 
 def distance_past(logits, wanted, threshold):
-    """How far each logit (N, L) is past the threshold's, on the wanted side."""
+    """How far each logit (N, L) is past the threshold, on the wanted side."""
     return (2 * wanted - 1) * (logits - math.log(threshold / (1 - threshold)))
 
 
-LOSS = {"softmax-ce": softmax_ce, "bce": bce, "softmax-bce": softmax_bce, "margin": margin}
+LOSSES = {
+    "softmax-ce": softmax_ce,
+    "bce": bce,
+    "softmax-bce": softmax_bce,
+    "margin": margin,
+}
+
+
+# --- the weeks
 
 
 class Row(NamedTuple):
     """An attack: a row of a week's table."""
 
     name: str
-    loss: str | None  # of LOSS, or one of week 4's; None: uniform noise of size eps
+    loss: str | None  # one of LOSSES, or of week 4's; None: uniform noise of size eps
     eps: float
     gradient: str = "right"
     alpha: float = 2 / 255
     steps: int = 40
-    restarts: int | None = None  # None: all steps; else an image stops when it is right
+    restarts: int | None = None  # None: every step is taken, also by finished images
+    places: int | None = None  # how many derivatives INPLACE_ABN skips; None: all
 
 
-# "pinned": with the gradient of the package that was pinned: the attack as logged
 WEEK_3 = (
-    Row("softmax-ce pinned", "softmax-ce", 0.6, PINNED),  # on record on 9 June
-    Row("softmax-ce", "softmax-ce", 0.6),
-    Row("bce pinned", "bce", 0.6, PINNED),  # on record on 11 June, 17 minutes before the entry
+    # logged on 11 June, 17 minutes before the entry was written
+    Row("bce-inplace-abn", "bce", 0.6, INPLACE_ABN),
     Row("bce", "bce", 0.6),
-    Row("noise", None, 40 * 2 / 255),  # as far as 40 steps can get
+    # logged on 9 June
+    Row("softmax-ce-inplace-abn", "softmax-ce", 0.6, INPLACE_ABN),
+    Row("softmax-ce", "softmax-ce", 0.6),
+    Row("noise", None, 80 / 255),  # as far as 40 steps of 2/255 can go
 )
 WEEK_5 = (
-    Row("softmax-bce pinned", "softmax-bce", 0.3, PINNED),  # on record, descended
+    Row("softmax-bce-inplace-abn", "softmax-bce", 0.3, INPLACE_ABN),  # as logged
     Row("softmax-bce", "softmax-bce", 0.3),
     Row("noise", None, 0.3),
-    Row("bce pinned", "bce", 0.3, PINNED),
+    Row("bce-inplace-abn", "bce", 0.3, INPLACE_ABN),
     Row("bce", "bce", 0.3),
-    Row("softmax-ce pinned", "softmax-ce", 0.3, PINNED),
+    Row("softmax-ce-inplace-abn", "softmax-ce", 0.3, INPLACE_ABN),
     Row("softmax-ce", "softmax-ce", 0.3),
 )
-WHEN = "actual", "before", "after"
-COUNTS = [f"{what}_{when}" for what in ("target", "labels") for when in WHEN]
-
-
-class Labels(NamedTuple):
-    """What is asked of a classifier of several labels: the target on, off, or flipped."""
-
-    names: list
-    target: int
-    direction: str
-    threshold: float
-    bf16: bool = False  # the precision of the attack's gradients
-
-    def predicted(self, logits):
-        """The labels present, bool (N, L)."""
-        return logits > math.log(self.threshold / (1 - self.threshold))
-
-    def wanted(self, logits):
-        """The labels wanted, float (N, L): the prediction, but for the target."""
-        wanted = self.predicted(logits).float()
-        flipped = 1 - wanted[:, self.target]
-        wanted[:, self.target] = {"on": 1.0, "off": 0.0, "flip": flipped}[self.direction]
-        return wanted
-
-    def asked(self, logits):
-        """Of which images a change is asked, (N,) bool."""
-        return (self.wanted(logits) != self.predicted(logits)).any(1)
-
-    def achieved(self, before, after):
-        """Whether logits `after` are what was asked, given those `before`, (N,) bool."""
-        return (distance_past(after, self.wanted(before), self.threshold) > 0).all(1)
-
-    def words(self, logits):
-        """The labels present in one image, {label: label and probability}."""
-        present = self.predicted(logits).nonzero()[:, 0].tolist()
-        return {self.names[j]: f"{self.names[j]} {logits[j].sigmoid():.2f}" for j in present}
-
-    def attack(self, network, images, logits, row):
-        """`row`'s attack on images (N, 3, S, S) of logits (N, L), judged in float32: images."""
-        if row.loss is None:
-            return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
-        wanted = self.wanted(logits)
-
-        def right(logits, wanted):
-            return (distance_past(logits, wanted, self.threshold) > SLACK).all(1)
-
-        stop = right if row.restarts is not None else False
-        loss = functools.partial(LOSS[row.loss], target=self.target, threshold=self.threshold)
-        result, rest = images.clone(), torch.arange(len(images), device=images.device)
-        for number in range(1 + (row.restarts or 0)):
-            how = row.eps, row.alpha / 2**number, row.steps, number > 0, stop
-            momentum = 0.75 if number else 0
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-                adv = pgd(network, images[rest], wanted[rest], loss, *how, momentum=momentum)
-            with torch.no_grad():
-                done = self.achieved(logits[rest], network(adv))
-            kept = done | (number == 0)
-            result[rest[kept]] = adv[kept]
-            rest = rest[~done]
-            if not len(rest):
-                break
-        return result
-
-    def count(self, found, name, truth):
-        """A row's numbers: labels counted over all images, rates over the images asked.
-        `truth` (N, L): the actual labels, or None."""
-        before, after = self.predicted(found["before"]), self.predicted(found[name])
-        asked, achieved = self.asked(found["before"]), self.achieved(found["before"], found[name])
-        n, numbers = int(asked.sum()), dict.fromkeys(COUNTS)
-        for when, labels in zip(WHEN, (truth, before, after), strict=True):
-            if labels is not None:
-                numbers[f"target_{when}"] = int(labels[:, self.target].sum())
-                numbers[f"labels_{when}"] = int(labels.sum())
-        changed, present = (before != after)[asked], before[asked]
-        switched = changed[:, self.target].clone()
-        changed[:, self.target] = present[:, self.target] = False
-        lost = changed & present
-        return numbers | {
-            "target_switched": common.wilson(switched.sum(), n),
-            "exact": common.wilson(achieved[asked].sum(), n),
-            "others_lost": common.wilson(lost.sum(), present.sum()),
-            "others_new": (changed & ~present).sum().item(),
-        }
-
-    def report(self, rows):
-        """Print the log's six counts, of the first and last row, and the rates of all."""
-        ends = dict.fromkeys([next(iter(rows)), list(rows)[-1]])
-        lines = [[key.replace("_", " "), *(rows[end][key] for end in ends)] for key in COUNTS]
-        common.print_table([f"target: {self.names[self.target]}", *ends], lines)
-        lines = []
-        for name, row in rows.items():
-            counts = [f"{row[f'{x}_before']} -> {row[f'{x}_after']}" for x in ("target", "labels")]
-            lost = common.cell(row["others_lost"]).split()[0]
-            lines.append([name, *counts, row["target_switched"], row["exact"], lost])
-        print()
-        common.print_table(("", "target", "all labels", "switched", "exact", "lost"), lines)
-        print("exact: switched, all else as before; lost: share of other labels that were on")
-
-
-# week 4: "one-hot" is softmax_bce towards the target alone, "raw logits" towards a copy of the
-# logits with the target's set to 1, "class" cross-entropy; without a loss there is only the cut
-WEEK_4 = (
-    Row("cut alone", None, 0.3),
-    Row("single photo's", "one-hot", 0.3),  # "very effective"
-    Row("batch's", "raw logits", 0.3),  # "little influence"
+WEEK_4 = (  # see `attack_top_class`
+    Row("clipping-alone", None, 0.3),
+    Row("single-photo", "one-hot", 0.3),  # "very effective"
+    Row("batch", "raw-logits", 0.3),  # "little influence"
 )
-LEAD = 0.5  # in logits: an image is done when the target leads all other classes by it
+LEAD = 0.5  # in logits: an image is done when the target leads every other class by this much
+SWEEP = (0.25, 0.5, 1, 2, 4, 8, 16)  # eps, in 255ths
+DOSE = (0, 1, 2, 4, 8, 16, None)  # activations skipped, in forward order; None: all
 
 
-class TopClass(NamedTuple):
-    """What is asked of a classifier of one label: the target, for every image."""
-
-    names: list
-    target: int
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def asked(self, logits):
-        """Of which images a change is asked, (N,) bool."""
-        return logits.argmax(1) != self.target
-
-    def achieved(self, before, after):
-        """Whether the top class is the target, (N,) bool."""
-        return after.argmax(1) == self.target
-
-    def words(self, logits):
-        """One image's top class, {class: class}."""
-        return {self.names[logits.argmax()]: self.names[logits.argmax()]}
-
-    def attack(self, network, images, logits, row):
-        """`row`'s attack on images (N, C, S, S) of logits (N, L): images."""
-        targets = torch.full((len(images),), self.target, device=images.device)
-        if row.loss == "class":
-
-            def leads(logits, targets):
-                return transfer.lead(logits, targets) > LEAD
-
-            how = functools.partial(F.cross_entropy, reduction="none"), row.eps, row.alpha
-            return pgd(network, images, targets, *how, row.steps, early_stop=leads)
-        wanted = F.one_hot(targets, logits.shape[1]).float()
-        if row.loss == "raw logits":  # the log's fault: a logit of 10 weighs 10 times the target
-            wanted = logits.clone()
-            wanted[:, self.target] = 1
-        images = (images - self.mean) / self.std
-        # the other fault: [0, 1] is the range of pixels, and here it cuts normalised values
-        low, high = (images - row.eps).clamp(0, 1), (images + row.eps).clamp(0, 1)
-        adv = images.clamp(0, 1)
-        for _ in range(row.steps if row.loss else 0):
-            adv.requires_grad_()
-            loss = softmax_bce(network(adv * self.std + self.mean), wanted)
-            (gradient,) = torch.autograd.grad(loss.sum(), adv)
-            adv = (adv.detach() - row.alpha * gradient.sign()).clamp(low, high)
-        return adv * self.std + self.mean
-
-    def count(self, found, name, truth):
-        """A row's numbers, over the images asked; truth (N,): the classes, or None."""
-        before, after = found["before"].argmax(1), found[name].argmax(1)
-        asked, p = self.asked(found["before"]), found[name][:, self.target].double().sigmoid()
-        numbers = {
-            "target_reached": common.wilson((after == self.target)[asked].sum(), asked.sum()),
-            "top_class_changed": common.wilson((after != before)[asked].sum(), asked.sum()),
-            "mean_sigmoid": p.mean().item(),  # the log's own metric
-        }
-        if truth is not None:  # no class is -1, which stands for an unknown one
-            known = (truth >= 0).sum()
-            numbers["right_before"] = common.wilson((before == truth).sum(), known)
-            numbers["right_after"] = common.wilson((after == truth).sum(), known)
-        return numbers
-
-    def report(self, rows):
-        """Print the table of week 4."""
-        before = next(iter(rows.values())).get("right_before")
-        print(f"before, the classifier is right on {common.cell(before)} of the known classes")
-        keys = "target_reached", "top_class_changed", "right_after", "mean_sigmoid"
-        lines = [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
-        common.print_table(["", *(key.replace("_", " ") for key in keys)], lines)
-
-
-def over_batches(network, images, attacks, args, device, rank, world):
-    """Every attack {name: attack(images, logits) -> images} on every image, of [0, 1].
-
-    Returns {"before" or name: logits, (name, "linf" | "seconds"): (N,)} of all N images and
-    {("clean" or name, "pixels"): uint8} of the first ones, on the CPU. Of torchrun's processes each
-    attacks every `world`-th batch; batches and random numbers are always the same.
-    """
-    total, logits = len(images), torch.no_grad()(lambda x: network(x).float())
-    batches, keep = torch.arange(total).split(args.batch_size), min(max(args.save, 2), total)
-    mine, found = range(rank, len(batches), world), {}
-    sampler, workers = [batches[b].tolist() for b in mine], asl_model.workers(images, device)
-    loader = DataLoader(images, batch_sampler=sampler, num_workers=workers)
-
-    def note(key, values, n=total):  # small tensors fragment memory
-        rows = batches[b][batches[b] < n]
-        if key not in found:
-            found[key] = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
-        found[key][rows] = values[: len(rows)].cpu()
-
-    for b, clean in zip(mine, common.progress(loader, "attacking", disable=rank > 0), strict=True):
-        clean = clean.to(device)
-        before = logits(clean)
-        note("before", before)
-        note(("clean", "pixels"), (clean * 255).round().byte(), keep)
-        for i, (name, attack) in enumerate(attacks.items()):
-            torch.manual_seed(1_000_003 * args.seed + 1_000 * b + i)
-            began = time.perf_counter()
-            adversarial = attack(clean, before)
-            note(name, logits(adversarial))
-            seconds = (time.perf_counter() - began) / len(clean)
-            note((name, "seconds"), torch.full((len(clean),), seconds))
-            note((name, "linf"), (adversarial - clean).abs().amax((1, 2, 3)))
-            note((name, "pixels"), (adversarial.clamp(0, 1) * 255).round().byte(), keep)
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, found)
-        found = {key: sum(x[key] for x in shares if key in x) for key in shares[0]}
-    return found
-
-
-def figure(title, found, columns, goal):
-    """A page: lines of images, clean and by each attack, with the changes magnified below. Images
-    of which a change was asked come first; labels that came are green."""
-    side, gap, top, font = 160, 12, 62, ImageFont.load_default(13)
-    asked = goal.asked(found["before"][: len(found["clean", "pixels"])])
-    some = asked.sort(descending=True, stable=True).indices[:2].tolist()
-    logits = found | {"clean": found["before"]}
-    words = {(i, name): goal.words(logits[name][i]) for i in some for name in columns}
-    height = 2 * side + 16 + 16 * min(max(map(len, words.values())), 8)
-    width = gap + len(columns) * (side + gap)
-    page = Image.new("RGB", (width, top + len(some) * height), "white")
-    ink = ImageDraw.Draw(page)
-    ink.text((gap, 8), title, "black", ImageFont.load_default(18))
-    for column, name in enumerate(columns):
-        x, y = gap + column * (side + gap), top
-        ink.text((x, y - 4), name, "black", font, "ld")
-        for i in some:
-            pixels = found[name, "pixels"][i]
-            change = pixels.float() - found["clean", "pixels"][i]
-            magnified = 127.5 + 127.5 * change / change.abs().max().clamp(min=1)
-            for image, down in ((pixels, 0), (magnified.byte(), side + 2)):
-                image = to_pil_image(image).resize((side, side), Image.NEAREST)
-                page.paste(image, (x, y + down))
-            for line, (word, text) in enumerate([*words[i, name].items()][:8]):
-                colour = "black" if word in words[i, "clean"] else "green"
-                ink.text((x, y + 2 * side + 6 + 16 * line), text, colour, font)
-            y += height
-    return page
-
-
-def bars(rows):
-    """A picture of how often each row switched the target, and lost other labels."""
-    page = Image.new("RGB", (860, 24 + 36 * len(rows)), "white")
-    ink, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    for line, (name, row) in enumerate(rows.items()):
-        ink.text((12, 28 + 36 * line), name, "black", font, "lm")
-        switched = row["target_switched"]["rate"], "target switched", "seagreen"
-        lost = (row["others_lost"] or {"rate": 0})["rate"], "other labels lost", "firebrick"
-        for (share, what, colour), y in ((switched, 20), (lost, 36)):
-            x, y = 170 + 500 * share, y + 36 * line
-            ink.rectangle((170, y - 6, x, y + 6), colour)
-            ink.text((x + 6, y), f"{share:.1%} {what}", colour, font, "lm")
-    return page
-
-
-SWEEP_KINDS = "noise", "steps x 2", "3 restarts", "attack"
-
-
-def sweep_rows(ours):
-    """The rows of `--sweep`: the attack over eps, and its controls."""
+def rows_of(args):
+    """The attacks that the flags ask for; the last one is the corrected attack."""
+    ours = Row(args.loss, args.loss, args.eps, args.gradient, args.alpha, args.steps)
+    if args.loss == "margin":
+        ours = ours._replace(restarts=args.restarts)
+    if args.kind in ("digits", "torchvision"):
+        ours = ours._replace(name="corrected", loss="cross-entropy", restarts=None)
+    if args.week == 3:
+        return [*WEEK_3, ours]
+    if args.week == 4:
+        return [
+            *WEEK_4,
+            ours._replace(name="corrected-inplace-abn", gradient=INPLACE_ABN),
+            ours,
+        ]
+    if args.week == 5:
+        return [*WEEK_5, ours]
     rows = []
-    for eps in SWEEP:
-        # alpha shrinks with eps, or a step would cross the ball
-        row = ours._replace(eps=eps, alpha=min(ours.alpha, eps / 4), restarts=0)
-        changes = {"loss": None}, {"steps": 2 * ours.steps}, {"restarts": 3}, {}
-        for kind, change in zip(SWEEP_KINDS, changes, strict=True):
-            rows.append(row._replace(name=f"{kind} {eps * 255:g}/255", **change))
-    return rows
+    for eps in SWEEP if args.sweep else ():
+        # alpha shrinks with eps, or one step would cross the whole ball
+        alpha = min(ours.alpha, eps / 255 / 4)
+        row = ours._replace(eps=eps / 255, alpha=alpha, restarts=0)
+        rows.append(row._replace(name=f"noise-{eps}", loss=None))
+        rows.append(row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps))
+        rows.append(row._replace(name=f"attack-{eps}"))
+    for places in DOSE if args.dose else ():
+        name = "all" if places is None else f"first-{places}"
+        rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, places=places))
+    if args.dose:
+        rows.append(Row("noise", None, 0.3))
+    return rows or [ours]
 
 
-def report_sweep(rows):
-    """Print `--sweep`'s table and verdicts on the controls; returns these and the curves."""
-    switched = [row["target_switched"] for row in rows.values()]
-    if None in switched:
-        raise common.Failure("no image lacks what is asked for: there is nothing to switch")
-    table, eps = np.array(switched).reshape(len(SWEEP), len(SWEEP_KINDS)), np.multiply(SWEEP, 255)
-    lines = [[f"{e:g}/255", *line] for e, line in zip(eps, table, strict=True)]
-    common.print_table(["eps", *SWEEP_KINDS], lines)
-    rates = np.vectorize(lambda cell: cell["rate"])(table).T
-    attack, noise = rates[3], rates[0].max()
-    steps, restarts = (rates[1:3] - attack).max(1)
-    controls = (
-        ("growth", (np.diff(attack) >= 0).all(), "success never falls as eps grows"),
-        ("limit", attack[-1] == 1, f"success reaches 100 % (here {attack[-1]:.1%})"),
-        ("steps", steps <= 0.05, f"twice the steps gain at most 5 % (here {steps:.1%})"),
-        ("restarts", restarts <= 0.05, f"restarts gain at most 5 % (here {restarts:.1%})"),
-        ("noise", noise <= 0.05, f"noise switches at most 5 % (here {noise:.1%})"),
-    )
-    for _, holds, text in controls:
-        print("holds:" if holds else "FAILS:", text)
-    curves = {kind: (eps, line) for kind, line in zip(SWEEP_KINDS, rates, strict=True)}
-    return {name: bool(holds) for name, holds, _ in controls}, curves
+class Task(NamedTuple):
+    """What an attack is about: which label or class, and what is to become of it."""
+
+    names: list  # the classes, in the order of the network's outputs
+    target: int
+    direction: str  # on, off or flip
+    threshold: float  # of the probability of a label
+    bf16: bool = False  # whether the gradients of attacks are computed in bfloat16
+    mean: torch.Tensor | None = None  # of week 4's normalisation, (C, 1, 1)
+    std: torch.Tensor | None = None
 
 
-def report_photo(network, pixels, found, goal, path):
-    """Print --image's labels before, and after, from its 8-bit pixels, saved at `path`."""
-    with torch.no_grad():
-        after = network(pixels.float() / 255).float().cpu()
-    for when, logits in (("before", found["before"]), (f"after, from the pixels of {path}", after)):
-        print(f"{when}: {', '.join(goal.words(logits[0]).values()) or 'no label'}")
-    if not goal.achieved(found["before"], after).item():
-        print("these 8-bit pixels do not do what was asked; try a larger --eps")
+def present(logits, threshold):
+    """The labels that are present, bool (N, L): those whose probability exceeds the threshold."""
+    return logits > math.log(threshold / (1 - threshold))
+
+
+def wanted_labels(logits, task):
+    """The labels that an attack wants, float (N, L): those predicted, except for the target."""
+    wanted = present(logits, task.threshold).float()
+    if task.direction == "flip":
+        wanted[:, task.target] = 1 - wanted[:, task.target]
+    else:
+        wanted[:, task.target] = float(task.direction == "on")
+    return wanted
+
+
+@torch.no_grad()
+def logits_of(network, images):
+    """Logits (N, L) in float32; the images are cloned, as a network may change them in place."""
+    return network(images.clone()).float()
+
+
+def attack_labels(network, images, logits, row, task):
+    """`row`'s attack on images (N, 3, S, S) in [0, 1] of logits (N, L); returns images.
+
+    With restarts, an image whose attack has failed is tried again, from a random start, with
+    momentum and half the step size; whether it has failed is judged in float32.
+    """
+    if row.loss is None:
+        return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+    wanted = wanted_labels(logits, task)
+
+    def loss(logits, wanted):
+        return LOSSES[row.loss](logits, wanted, task.target, task.threshold)
+
+    def done(logits, wanted):
+        return (distance_past(logits, wanted, task.threshold) > SLACK).all(1)
+
+    result = images.clone()
+    remaining = torch.arange(len(images), device=images.device)
+    for attempt in range(1 + (row.restarts or 0)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=task.bf16):
+            adversarial = pgd(
+                network,
+                images[remaining],
+                wanted[remaining],
+                loss,
+                eps=row.eps,
+                alpha=row.alpha / 2**attempt,
+                steps=row.steps,
+                random_start=attempt > 0,
+                early_stop=done if row.restarts is not None else False,
+                momentum=0.75 if attempt > 0 else 0,
+            )
+        after = present(logits_of(network, adversarial), task.threshold)
+        succeeded = (after == wanted[remaining].bool()).all(1)
+        if attempt == 0:
+            result[:] = adversarial
+        else:
+            result[remaining[succeeded]] = adversarial[succeeded]
+        remaining = remaining[~succeeded]
+        if len(remaining) == 0:
+            break
+    return result
+
+
+def attack_top_class(network, images, logits, row, task):
+    """`row`'s attack of week 4 on images (N, C, S, S) in [0, 1] of logits (N, L); returns images.
+
+    "cross-entropy" is the corrected attack, in pixels. The others repeat the log's two faults: they
+    clip normalised values to [0, 1], which is the range of pixels; and "raw-logits" wants a copy of
+    the logits with the target's set to 1, so that a logit of 10 weighs ten times the target's.
+    """
+    targets = torch.full((len(images),), task.target, device=images.device)
+    if row.loss == "cross-entropy":
+
+        def loss(logits, targets):
+            return F.cross_entropy(logits, targets, reduction="none")
+
+        def leads(logits, targets):
+            others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+            return logits[:, task.target] - others > LEAD
+
+        return pgd(
+            network,
+            images,
+            targets,
+            loss,
+            row.eps,
+            row.alpha,
+            row.steps,
+            early_stop=leads,
+        )
+    wanted = F.one_hot(targets, logits.shape[1]).float()
+    if row.loss == "raw-logits":
+        wanted = logits.clone()  # the log's fault: logits where 0 and 1 belong
+        wanted[:, task.target] = 1
+    images = (images - task.mean) / task.std
+    # the log's fault: [0, 1] is the range of pixels, not of normalised values
+    low = (images - row.eps).clamp(0, 1)
+    high = (images + row.eps).clamp(0, 1)
+    adversarial = images.clamp(0, 1)
+    for _ in range(row.steps if row.loss else 0):
+        x = adversarial.detach().requires_grad_()
+        loss = softmax_bce(network(x * task.std + task.mean), wanted)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        adversarial = (x.detach() - row.alpha * gradient.sign()).clamp(low, high)
+    return adversarial * task.std + task.mean
+
+
+# --- counting
+
+
+def rate_over_photos(hits, totals):
+    """sum(hits) / sum(totals) of counts (N,) per photo, with a 95 % interval; None for no total.
+
+    The labels of one photo depend on one another, so the bootstrap resamples photos, not labels.
+    """
+    if totals.sum() == 0:
+        return None
+    counts = torch.stack([hits, totals]).double().numpy()
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(1000):
+        drawn = counts[:, rng.integers(len(hits), size=len(hits))].sum(1)
+        rates.append(drawn[0] / max(drawn[1], 1))
+    low, high = np.percentile(rates, (2.5, 97.5)).tolist()
+    rate = hits.sum().item() / totals.sum().item()
+    return {"rate": rate, "low": low, "high": high, "n": int(totals.sum())}
+
+
+def count_labels(logits_before, logits_after, truth, task):
+    """The numbers of an attack on labels, from logits (N, L) and actual labels (N, L) or None.
+
+    Labels are counted over all images, rates over the images that the attack is to change.
+    """
+    before = present(logits_before, task.threshold)
+    after = present(logits_after, task.threshold)
+    wanted = wanted_labels(logits_before, task).bool()
+    attacked = (wanted != before).any(1)
+    n = attacked.sum()
+    others = torch.arange(len(task.names)) != task.target
+    lost = (before & ~after)[attacked][:, others].sum(1)
+    new = (after & ~before)[attacked][:, others].sum()
+    numbers = {"target_actual": None, "labels_actual": None}
+    if truth is not None:
+        numbers["target_actual"] = int(truth[:, task.target].sum())
+        numbers["labels_actual"] = int(truth.sum())
+    numbers["target_before"] = int(before[:, task.target].sum())
+    numbers["labels_before"] = int(before.sum())
+    numbers["target_after"] = int(after[:, task.target].sum())
+    numbers["labels_after"] = int(after.sum())
+    target = task.target
+    numbers["target_ratio"] = rate_over_photos(after[:, target], before[:, target])
+    numbers["labels_ratio"] = rate_over_photos(after.sum(1), before.sum(1))
+    switched = (after != before)[attacked, target].sum()
+    numbers["target_switched"] = common.wilson(switched, n)
+    numbers["exact"] = common.wilson((after == wanted).all(1)[attacked].sum(), n)
+    numbers["others_lost"] = rate_over_photos(lost, before[attacked][:, others].sum(1))
+    numbers["others_new"] = int(new)
+    return numbers
+
+
+def count_top_class(logits_before, logits_after, truth, task):
+    """The numbers of an attack of week 4, from logits (N, L) and classes (N,), -1 if not known."""
+    before = logits_before.argmax(1)
+    attacked = before != task.target
+    reached = (logits_after.argmax(1) == task.target)[attacked]
+    numbers = {"target_reached": common.wilson(reached.sum(), len(reached))}
+    # the log's own measure
+    numbers["mean_sigmoid"] = logits_after[:, task.target].sigmoid().mean().item()
+    if truth is not None:
+        known = truth >= 0
+        numbers["accuracy"] = common.wilson((before == truth)[known].sum(), known.sum())
+    return numbers
+
+
+# --- the networks that can be attacked, and their images
+
+
+class Subject(NamedTuple):
+    """A network and the N images that it is attacked on."""
+
+    network: nn.Module
+    task: Task
+    images: object  # a tensor (N, C, S, S) or common.Photos, float32 in [0, 1]
+    truth: torch.Tensor | None  # labels (N, L) or classes (N,)
+    description: str  # of the images
+
+
+def label_index(name, names):
+    """The index of `name` in `names`; raises Failure with the nearest names if it is not there."""
+    if name in names:
+        return names.index(name)
+    near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
+    text = f"{name[:50]!r} is none of the {len(names)} names; the nearest are {', '.join(near)}"
+    raise common.Failure(text, 2)
+
+
+def own_network(spec):
+    """(Network, class names) from the user's FILE.py:FUNCTION, tried on one image; or Failure."""
+    path, _, function = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
+    try:
+        network, names, size = runpy.run_path(path)[function]()
+        network = network.float().eval()
+        names = [str(name) for name in names]
+        image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.enable_grad():
+            logits = network(image.requires_grad_().clone())
+        shape = tuple(logits.shape)
+    except Exception as problem:
+        text = "FUNCTION() of FILE.py must return (network, class names, image size)"
+        raise common.Failure(f"--model {spec}: {problem!r}; {text}") from None
+    reason = ""
+    if shape != (1, len(names)):
+        reason = f"its output for one image is {shape}, for {len(names)} class names"
+    elif not logits.isfinite().all():
+        reason = "its output is not finite"
+    elif not logits.requires_grad:
+        reason = "no gradient reaches the image; remove no_grad or detach"
+    elif logits.min() >= 0 and logits.max() <= 1:
+        reason = "every output is in [0, 1]; return logits, not probabilities"
+    if reason:
+        raise common.Failure(f"--model {spec}: {reason}")
+    network.image_size = size
+    return network, names
+
+
+def torchvision_network(name, path, data_dir):
+    """(Network of images in [0, 1], weights' entry) of torchvision's classifier `name`; Failure.
+
+    `path`: its state dict; None: the published one. torchvision itself builds the network and
+    loads the weights, because that differs between architectures.
+    """
+    label_index(name, [*DATASETS, *models.list_models(models)])
+    weights = models.get_model_weights(name).DEFAULT
+    file = weights.url.rpartition("/")[2]
+    if path is None:
+        sha256 = file.rpartition("-")[2].partition(".")[0]
+        path = common.download(weights.url, Path(data_dir, file), sha256)
+    advice = "name another file with --weights"
+    state = asl_model.state_dict_of(common.load_checkpoint(path, advice), path)
+    hub = torch.hub.get_dir()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "checkpoints").mkdir()
+            torch.save(state, Path(folder, "checkpoints", file))
+            torch.hub.set_dir(folder)  # where torchvision looks before it downloads
+            network = models.get_model(name, weights=weights)
+    except (RuntimeError, AttributeError) as problem:
+        text = f"{path} is no state dict of torchvision's {name}; {advice}: {problem}"
+        raise common.Failure(text) from None
+    finally:
+        torch.hub.set_dir(hub)
+    expected = weights.transforms()
+    normalise = transforms.Normalize(expected.mean, expected.std)
+    return nn.Sequential(normalise, network), weights
+
+
+def load_imagenet(data_dir, class_names, limit=None):
+    """The paths of ImageNet's photos in `data_dir`/imagenet, and their classes (N,) int64.
+
+    The class, an index into `class_names`, is in the file's name (n01440764_tench.JPEG) or, where
+    every class has a folder (n01440764/x.JPEG), the folder's rank; -1 where neither says it.
+    `limit` photos are spread evenly over the sorted files. Raises Failure if there is none.
+    """
+    folder = Path(data_dir, "imagenet")
+    paths = []
+    for path in sorted(folder.glob("**/[!.]*")):
+        hidden = path.parent.name.startswith(".")
+        if path.suffix.lower() in (".jpeg", ".jpg", ".png") and not hidden:
+            paths.append(path)
+    if not paths:
+        raise common.Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
+    if limit is not None and limit < len(paths):
+        rows = np.linspace(0, len(paths) - 1, limit).round().astype(int)
+        paths = [paths[row] for row in rows]
+    folders = sorted(path.name for path in folder.glob("n" + 8 * "[0-9]"))
+    if len(folders) != len(class_names):
+        folders = []
+    classes = []
+    for path in paths:
+        name = path.stem.partition("_")[2].replace("_", " ")
+        if path.parent.name in folders:
+            classes.append(folders.index(path.parent.name))
+        # two kinds of crane, and of maillot, share a name
+        elif class_names.count(name) == 1:
+            classes.append(class_names.index(name))
+        else:
+            classes.append(-1)
+    return paths, torch.tensor(classes)
 
 
 def load_multi_label(args, device):
-    """Weeks 3 and 5: (network, goal, rows, [(dataset, images, actual labels, what they are)])."""
-    scenes, source = args.dataset == "scenes", args.model
+    """Weeks 3 and 5: the Subject that the flags name."""
+    source = args.model
     if args.kind == "own":
-        network, names = asl_model.own_network(args.model)
-    elif scenes and not args.weights:
-        how = {"device": device, "digits": args.digits}
-        network, names, source = asl_model.scenes_classifier(args.data, **how)
+        network, names = own_network(args.model)
+    elif args.dataset == "scenes" and args.weights is None:
+        network, names, source = asl_model.scenes_classifier(args.data, device)
     else:
-        source = args.weights or asl_model.published("tresnet_m", args.data)
+        source = args.weights or asl_model.coco_weights(args.data)
         network, names = asl_model.load_asl(source)
-    print(f"attacked: {source}")
-    images, truth, what = common.Photos([args.image], network.image_size), None, str(args.image)
-    if not args.image:
-        split, limit = ("test", args.limit or 500) if scenes else (args.split, args.limit)
-        how = network.image_size, split, names, limit, args.digits, args.seed
-        images, truth, names, what = asl_model.load_data(args.dataset, args.data, *how)
-    if args.augment:
-        images = asl_model.Augmented(images, args.seed)
-    target = asl_model.label_index(args.target, names)
+    print(f"attacked network: {source}")
     bf16 = args.kind == "asl" and common.has_bf16(device)
-    goal = Labels(names, target, args.direction, args.threshold, bf16)
-    restarts = args.restarts if args.loss == "margin" else None
-    ours = Row(args.loss, args.loss, args.eps, args.gradient, args.alpha, args.steps, restarts)
-    rows = sweep_rows(ours) if args.sweep else (*{3: WEEK_3, 5: WEEK_5}.get(args.week, ()), ours)
-    return network, goal, rows, [(args.dataset, images, truth, what)]
+    target = label_index(args.target, names)
+    task = Task(names, target, args.direction, args.threshold, bf16)
+    size = network.image_size
+    if args.image:
+        photos = common.Photos([args.image], size)
+        return Subject(network, task, photos, None, str(args.image))
+    split = args.split
+    limit = args.limit
+    if args.dataset == "scenes":
+        split = "test"
+        limit = args.limit or 500
+    images, truth, _, description = asl_model.load_data(
+        args.dataset, args.data, size, split, names, limit, args.seed
+    )
+    return Subject(network, task, images, truth, description)
 
 
 def load_single_label(args, device):
-    """Week 4: (network, goal, rows, [(dataset, images, classes or None, what they are)])."""
-    sets = []
+    """Week 4: the Subject that the flags name."""
+    truth = None
     if args.kind == "digits":
-        name, *digits = common.load_digits(args.dataset, args.data)
-        network = acwgan.digit_reader(args.out, name, *(x.to(device) for x in digits))
-        names, (mean, std) = list("0123456789"), torch.tensor([0.1307, 0.3081])  # MNIST's
-        digits = common.load_digits(name, args.data, False, args.limit or 1000)[1:]
-        sets.append((name, *digits, f"test images of {name}"))
+        dataset, images, labels = common.load_digits(args.dataset, args.data)
+        images = images.to(device)
+        labels = labels.to(device)
+        network = acwgan.evaluation_classifier(args.out, dataset, images, labels)
+        names = [str(digit) for digit in range(10)]
+        mean = torch.tensor([0.1307])  # MNIST's
+        std = torch.tensor([0.3081])
+        limit = args.limit or 1000
+        description, images, truth = common.load_digits(dataset, args.data, False, limit)
     else:
-        network, names, mean, std = asl_model.torchvision_network(args)
-        for dataset in [args.dataset] if args.dataset else ("coco", "imagenet"):
-            paths, truth = [args.image], None
-            if dataset == "imagenet" and not args.image:
-                paths, truth = asl_model.load_imagenet(args.data, names, args.limit)
-            elif not args.image:
-                paths = common.load_coco(args.data, 1, args.limit, args.split)[0].paths
-            # the middle 7/8, as ImageNet's networks see photos
-            cropped = functools.partial(ImageOps.fit, bleed=1 / 16)
-            images = common.Photos(paths, network.image_size, cropped)
-            sets.append((dataset, images, truth, f"photos of {dataset}"))
-    target = asl_model.label_index(args.target, names)
-    goal = TopClass(names, target, mean.to(device), std.to(device))
-    right = Row("right", "class", args.eps, args.gradient, args.alpha, args.steps)
-    rows = (*WEEK_4, right._replace(name="right pinned", gradient=PINNED)) if args.week else ()
-    return network, goal, (*rows, right), sets
+        network, weights = torchvision_network(args.model, args.weights, args.data)
+        names = weights.meta["categories"]
+        mean = torch.tensor(weights.transforms().mean)
+        std = torch.tensor(weights.transforms().std)
+        description = f"COCO {args.split}"
+        if args.image:
+            paths = [args.image]
+            description = str(args.image)
+        elif args.dataset == "coco":
+            paths = common.load_coco(args.data, None, args.limit, args.split)[0].paths
+        else:
+            paths, truth = load_imagenet(args.data, names, args.limit)
+            description = "ImageNet"
+        # cropped as these weights ask, but not normalised, which the network does itself
+        transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
+        images = common.Photos(paths, None, transform)
+    mean = mean[:, None, None].to(device)
+    std = std[:, None, None].to(device)
+    target = label_index(args.target, names)
+    task = Task(names, target, "on", args.threshold, mean=mean, std=std)
+    return Subject(network, task, images, truth, description)
+
+
+# --- the attacks on all images
+
+
+class Outcome(NamedTuple):
+    """What became of the N images; on the CPU."""
+
+    logits: torch.Tensor  # (N, L)
+    pixels: torch.Tensor  # of the first K images, uint8 (K, C, S, S)
+
+
+def run_attacks(networks, subject, rows, args, device, rank, world):
+    """The Outcome of "clean" and of every row, by name; `networks`: the network to attack, by row.
+
+    Each of torchrun's `world` processes attacks every world-th batch. A batch and its random
+    numbers are the same for any number of processes.
+    """
+    attack = attack_labels if subject.task.mean is None else attack_top_class
+    total = len(subject.images)
+    saved = min(max(args.save, 1), total)
+    outcomes = {}
+    for name in networks:
+        logits = torch.zeros(total, len(subject.task.names))
+        pixels = torch.zeros(saved, *subject.images[0].shape, dtype=torch.uint8)
+        outcomes[name] = Outcome(logits, pixels)
+    batches = torch.arange(total).split(args.batch_size)
+    batches = [batch.tolist() for batch in batches[rank::world]]
+    work = len(rows) * sum(len(batch) for batch in batches)
+    bar = common.progress(desc="attacking", total=work, disable=rank > 0)
+    tensors = asl_model.read_batches(subject.images, batches)
+    for batch, clean in zip(batches, tensors, strict=True):
+        if args.augment:
+            seeds = [hash((args.seed, i)) % 2**63 for i in batch]
+            clean = asl_model.augment(clean, seeds)
+        clean = clean.to(device)
+        before = logits_of(networks["clean"], clean)
+        images = {"clean": clean}
+        for number, row in enumerate(rows):
+            torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
+            network = networks[row.name]
+            images[row.name] = attack(network, clean, before, row, subject.task)
+            bar.update(len(batch))
+        some = [i for i in batch if i < saved]
+        for name, outcome in outcomes.items():
+            outcome.logits[batch] = logits_of(networks["clean"], images[name]).cpu()
+            pixels = (images[name][: len(some)].clamp(0, 1) * 255).round()
+            outcome.pixels[some] = pixels.byte().cpu()
+    bar.close()
+    for outcome in outcomes.values() if world > 1 else ():
+        dist.all_reduce(outcome.logits)  # other processes' images are zeros here
+        dist.all_reduce(outcome.pixels)
+    return outcomes
+
+
+def first_gradients(network, images, wanted):
+    """The gradients of week 5's loss that an attack would follow first, (N, D)."""
+    x = images.clone().requires_grad_()
+    (gradients,) = torch.autograd.grad(softmax_bce(network(x), wanted).sum(), x)
+    return gradients.flatten(1)
+
+
+def plot_dose(networks, subject, outcomes, device):
+    """A picture of what the attack does, over the number of derivatives skipped: its cosines
+    with the right gradient, for up to 64 images, and the labels, beside those after noise.
+    Returns (picture, {row: cosine}).
+    """
+    places = [*DOSE[:-1], networks["all"].places]
+    names = list(networks)[1:-1]  # between "clean" and "noise"
+    images = torch.stack([subject.images[i] for i in range(min(64, len(subject.images)))])
+    images = images.to(device)
+    wanted = wanted_labels(logits_of(networks["clean"], images), subject.task)
+    right = first_gradients(networks["clean"], images, wanted)
+    cosines = {}
+    labels = {}
+    for name in (*names, "noise", "clean"):
+        gradients = first_gradients(networks[name], images, wanted)
+        cosines[name] = F.cosine_similarity(right, gradients).mean().item()
+        labels[name] = present(outcomes[name].logits, subject.task.threshold).sum().item()
+    curves = {
+        "labels after / before": (
+            places,
+            [labels[name] / labels["clean"] for name in names],
+        ),
+        "the same, noise": ([0, places[-1]], [labels["noise"] / labels["clean"]] * 2),
+        "cosine with the right gradient": (places, [cosines[name] for name in names]),
+    }
+    return acwgan.plot(
+        "ratio or cosine", "activations whose derivative is skipped", curves
+    ), cosines
+
+
+# --- figures and tables
+
+
+def captions(before, after, task):
+    """The labels of an image, [(text, colour)]: kept (black), new (green) and lost (red) ones."""
+    if task.mean is not None:
+        colour = "black"
+        if after.argmax() != before.argmax():
+            colour = "green" if after.argmax() == task.target else "firebrick"
+        return [(task.names[after.argmax()], colour)]
+    was = present(before, task.threshold)
+    now = present(after, task.threshold)
+    lines = []
+    for i in (was | now).nonzero()[:, 0].tolist():
+        colour = "black"
+        if was[i] != now[i]:
+            colour = "green" if now[i] else "firebrick"
+        mark = {"black": "", "green": "+", "firebrick": "-"}[colour]
+        lines.append((f"{mark}{task.names[i]} {after[i].sigmoid():.2f}", colour))
+    return lines
+
+
+def figure(title, outcomes, names, task):
+    """One image, clean and by the attacks `names`, the changes on one scale, and the labels.
+
+    It is the first saved image that lacks the target, if there is one.
+    """
+    columns = ["clean", *names]
+    clean = outcomes["clean"]
+    has_target = present(clean.logits[: len(clean.pixels), task.target], task.threshold)
+    shown = int(has_target.int().argmin())
+    pixels = torch.stack([outcomes[name].pixels[shown] for name in columns]).float()
+    changes = pixels - pixels[0]
+    scale = max(changes.abs().max().item(), 1)
+    width = 900 // len(columns)
+    lines = {}
+    for name in columns:
+        lines[name] = captions(clean.logits[shown], outcomes[name].logits[shown], task)
+    longest = max(len(labels) for labels in lines.values())
+    page = Image.new("RGB", (900, 2 * width + 70 + 16 * longest), "white")
+    ink = ImageDraw.Draw(page)
+    font = ImageFont.load_default(13)
+    ink.text((4, 6), title, "black", font)
+    legend = (
+        f"Below: the change, from -{scale:.0f} (black) to {scale:.0f} (white) of 255."
+    )
+    legend += " Labels: kept (black), new (green), lost (red)."
+    ink.text((4, 24), legend, "black", font)
+    for column, name in enumerate(columns):
+        x = 4 + column * width
+        ink.text((x, 48), name.replace("-inplace-abn", " (wrong)"), "black", font)
+        y = 68
+        for image in (pixels[column] / 255, 0.5 + 0.5 * changes[column] / scale):
+            picture = transforms.functional.to_pil_image(image)
+            page.paste(picture.resize((width - 8, width - 8), Image.BICUBIC), (x, y))
+            y += width - 4
+        for text, colour in lines[name]:
+            ink.text((x, y), text, colour, font)
+            if colour == "firebrick":
+                ink.line((x, y + 9, x + ink.textlength(text, font), y + 9), colour)
+            y += 16
+    return page
+
+
+def print_report(rows, numbers, task):
+    """Print, for labels, the log's six counts, and every attack's settings and numbers."""
+    counts = ["mean_sigmoid"]
+    rates = ["target_reached"]
+    if task.mean is None:
+        counts = ["target_after", "labels_after", "others_new"]
+        rates = ["target_switched", "exact", "others_lost"]
+        ends = list(dict.fromkeys([rows[0].name, rows[-1].name]))
+        lines = []
+        for name in ("target", "labels"):
+            for when in ("actual", "before", "after"):
+                counts_at_ends = [numbers[end][f"{name}_{when}"] for end in ends]
+                lines.append([f"{name} {when}", *counts_at_ends])
+        common.print_table([f"target: {task.names[task.target]}", *ends], lines)
+        print()
+    for settings, keys in ((["eps", "alpha", "steps"], counts), ([], rates)):
+        lines = []
+        for row in rows:
+            values = [numbers[row.name].get(key) for key in settings + keys]
+            lines.append([row.name, *values])
+        head = ["attack", *settings, *(key.replace("_", " ") for key in keys)]
+        common.print_table(head, lines)
+        print()
+    if task.mean is None:
+        print("exact: the target is switched, and every other label is as it was before")
+
+
+def print_photo(network, outcomes, rows, task, device):
+    """Print the labels of --image before and after each attack, from its 8-bit pixels."""
+    before = outcomes["clean"].logits
+    for name in ["clean", *(row.name for row in rows)]:
+        pixels = outcomes[name].pixels[:1].to(device).float() / 255
+        after = logits_of(network, pixels).cpu()
+        words = [text for text, _ in captions(before[0], after[0], task)]
+        print(f"{name}: {', '.join(words) or 'no label'}")
+    done = after.argmax() == task.target
+    if task.mean is None:
+        wanted = wanted_labels(before, task).bool()
+        done = (present(after, task.threshold) == wanted).all()
+    if not done:
+        print("these 8-bit pixels do not do what was asked; try a larger --eps")
+
+
+def check_gradients(networks, rows, image):
+    """Print whether the attacked networks' gradients are right at an image (3, S, S).
+
+    Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
+    """
+    numbers = {"gradient_error": gradient_error(networks["clean"], image[None])}
+    for row in rows:
+        if row.gradient == INPLACE_ABN and "places" not in numbers and row.places is None:
+            wrong = networks[row.name]
+            numbers["wrong_gradient_error"] = gradient_error(wrong, image[None])
+            numbers["places"] = wrong.places
+            print(f"{row.name}: it skips the derivatives of {wrong.places} activations")
+            if wrong.places == 0:
+                print("WARNING: this network has none to skip, so that gradient is right")
+    for name, error in numbers.items():
+        verdict = "the gradient is right"
+        if math.isnan(error):
+            verdict = "WARNING: not checked, as the output is random; is dropout left on?"
+        elif error > 0.01:
+            verdict = "WARNING: the gradient is WRONG"
+        if name != "places":
+            print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
+    return numbers
 
 
 def main(argv=None):
-    """Attack, print, draw; returns the record (None in torchrun's other processes)."""
+    """Attack, write the files, print; returns the record (None in torchrun's other processes)."""
     args = settings(argv)
     device = common.pick_device(args.device)
-    common.make_folder(args.out)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), device_id=gpu)
-    if rank:  # the first process trains or downloads what the others then find
-        dist.barrier()
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    if rank > 0:
+        dist.barrier()  # the first process trains or downloads what the others then find
+        return attack_images(args, device, rank, world)
+    with common.hold(args.out):
+        return attack_images(args, device, rank, world)
+
+
+def refuse_other_settings(args):
+    """Raise Failure if --out holds the results of other settings, unless --force is given."""
+    path = args.out / "results.json"
+    if path.exists() and not args.force:
+        settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        settings = json.loads(json.dumps(settings, default=str))
+        common.require_same(path, json.loads(path.read_bytes())["settings"], settings)
+
+
+def save_arrays(args, subject, outcomes):
+    """Write adversarial.npz: pixels and logits of the first --save images, and what they are."""
+    n = args.save
+    arrays = {"names": np.array(subject.task.names)}
+    arrays["clean"] = outcomes["clean"].pixels[:n].numpy()
+    arrays["before"] = outcomes["clean"].logits[:n].numpy()
+    for name, outcome in outcomes.items():
+        if name != "clean":
+            arrays[f"adversarial-{name}"] = outcome.pixels[:n].numpy()
+            arrays[f"after-{name}"] = outcome.logits[:n].numpy()
+    if subject.truth is not None:
+        arrays["truth"] = subject.truth[:n].numpy()
+    if isinstance(subject.images, common.Photos):
+        arrays["files"] = np.array([str(path) for path in subject.images.paths[:n]])
+    with common.whole_file(args.out / "adversarial.npz") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def attack_images(args, device, rank, world):
+    """The run itself: load, attack, count, write, print; see `main`."""
+    if rank == 0:
+        refuse_other_settings(args)
     load = load_multi_label if args.kind in ("asl", "own") else load_single_label
-    network, goal, rows, sets = load(args, device)
-    if world > 1 and not rank:
+    subject = load(args, device)
+    if world > 1 and rank == 0:
         dist.barrier()
-    network = network.eval().requires_grad_(False).to(device)
-    networks = {"right": network, PINNED: asl_model.inplace_abn_1_0_12(network)}
-    attacks = {}
+    task = subject.task
+    network = subject.network.eval().to(device)
+    for weight in network.parameters():
+        weight.requires_grad_(False)
+    rows = rows_of(args)
+    networks = {"clean": network}
     for row in rows:
-        attacks[row.name] = functools.partial(goal.attack, networks[row.gradient], row=row)
-    record, pictures = {"dataset_size": {}, "rows": {}}, {}
-    for dataset, images, truth, what in sets:
-        found = over_batches(network, images, attacks, args, device, rank, world)
-        if rank:
-            continue
-        results = {row.name: goal.count(found, row.name, truth) for row in rows}
-        for name, row in results.items():
-            row["linf"] = found[name, "linf"].max().item()
-            row["seconds_per_image"] = found[name, "seconds"].mean().item()
-        record["dataset_size"][dataset], record["rows"][dataset] = len(images), results
-        asked = int(goal.asked(found["before"]).sum())
-        print(f"{len(images):,} images, {what}; {args.target} asked of {asked:,}")
-        if args.kind in ("asl", "own") and not args.image:
-            p = found["before"].sigmoid().numpy()
-            record["mAP"] = float(asl_model.average_precision(p, truth.numpy()).mean())
-            print(f"the classifier's mAP on them, over the classes present: {record['mAP']:.1%}")
-        if args.sweep:
-            record["controls"], curves = report_sweep(results)
-            pictures["sweep"] = acwgan.plot("target switched", "eps, in 255ths", curves)
-        elif not args.image:
-            goal.report(results)
-        if args.week in (3, 5) and asked:
-            pictures["bars"] = bars(results)
-    if rank:
+        networks[row.name] = network
+        if row.gradient == INPLACE_ABN:
+            networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
+    record = {"dataset_size": len(subject.images), "rows": {}}
+    if rank == 0:
+        record.update(check_gradients(networks, rows, subject.images[0].to(device)))
+    outcomes = run_attacks(networks, subject, rows, args, device, rank, world)
+    if rank > 0:
         return None
-    last = rows[-1].name
-    shown = rows[-13::4] if args.sweep else (*rows[:3], rows[-1])
-    columns = list(dict.fromkeys(["clean", *(row.name for row in shown)]))
-    name = Path(args.model.partition(":")[0]).stem
-    title = f"{name}: {args.target}, {args.direction}"
-    pictures[f"pgd-attack-on-{name}"] = figure(title, found, columns, goal)
+
+    before = outcomes["clean"].logits
+    count = count_labels if task.mean is None else count_top_class
+    for row in rows:
+        numbers = count(before, outcomes[row.name].logits, subject.truth, task)
+        record["rows"][row.name] = {**row._asdict(), **numbers}
+    if task.mean is None and subject.truth is not None:
+        ap = asl_model.average_precision(before.numpy(), subject.truth.numpy())
+        record["mAP"] = float(ap.mean())
+    save_arrays(args, subject, outcomes)
+    name = network_name(args)
+    title = f"{name}, {subject.description}: {args.target}, {args.direction}"
+    shown = [row.name for row in rows if row.loss in (None, rows[0].loss, rows[-1].loss)]
+    pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown[-5:], task)}
+    if args.sweep:
+        pictures["sweep"] = plot_sweep(record["rows"])
+    if args.dose:
+        dose = plot_dose(networks, subject, outcomes, device)
+        pictures["dose"], record["cosines"] = dose
     if args.image:
-        pixels, photo = found[last, "pixels"][:1], f"{args.image.stem}-adversarial"
-        pictures[photo] = to_pil_image(pixels[0])
-        report_photo(network, pixels.to(device), found, goal, args.out / f"{photo}.png")
+        picture = transforms.functional.to_pil_image(outcomes[rows[-1].name].pixels[0])
+        pictures[f"{args.image.stem}-adversarial"] = picture
     for name, picture in pictures.items():
-        save = functools.partial(picture.save, format="png")
-        common.write_file(args.out / f"{name}.png", save)
-    arrays = {"clean": found["clean", "pixels"], "adversarial": found[last, "pixels"]}
-    arrays |= {"before": found["before"], "after": found[last]}
-    arrays = {key: x[: args.save] for key, x in arrays.items()}
-    save = functools.partial(np.savez_compressed, **arrays)
-    common.write_file(args.out / "adversarial.npz", save)
-    print(f"{args.out} holds {', '.join(pictures)} (.png) and adversarial.npz")
-    facts = {"device": str(device), "processes": world, "dataset": [what for *_, what in sets]}
-    return common.write_results(args, record, **facts)
+        with common.whole_file(args.out / f"{name}.png") as file:
+            picture.save(file, "png")
+    facts = {"device": str(device), "processes": world, "images": subject.description}
+    record = common.write_results(args, record, **facts)
+
+    print(f"{len(subject.images):,} images; {title}")
+    if "mAP" in record:
+        print(f"mAP of the network on them: {record['mAP']:.1%}")
+    if "accuracy" in numbers:
+        print(f"accuracy of the network on them: {common.cell(numbers['accuracy'])}")
+    if args.image:
+        print_photo(network, outcomes, rows, task, device)
+    else:
+        print_report(rows, record["rows"], task)
+    print(f"{args.out} holds results.json, adversarial.npz, {', '.join(pictures)} (.png)")
+    return record
+
+
+def plot_sweep(numbers):
+    """Success over eps of the attack and its controls (Carlini et al. 2019, arXiv 1902.06705)."""
+    curves = {}
+    for kind in ("attack", "twice-the-steps", "noise"):
+        rates = [numbers[f"{kind}-{eps}"]["target_switched"] for eps in SWEEP]
+        curves[kind] = (SWEEP, [rate["rate"] if rate else 0 for rate in rates])
+    return acwgan.plot("target switched", "eps, in 255ths", curves)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,20 @@
 
 Approach 1 trained a new generator against a finished critic, an auxiliary and a target classifier;
 its samples "remained just noise images". Approach 2 retrained week 1's generator, as AT-GAN does
-(Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID as the distance; the digits degraded. This
-script repeats both losses, varies them row by row, and ends at digits that the target takes for the
-next class, and judges for their own.
+(Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID as the distance; the digits degraded.
+This script repeats both, changes one thing per row, and ends with digits that the target classifier
+takes for the next class, while independent judges still read their own.
 
-    python acwgan.py && python transfer.py          week 1's generator, then every row
-    python transfer.py --variant ours-no-gradient   one row, or several
-    python transfer.py --resume                     train the rows that are not finished yet
+    python acwgan.py && python transfer.py      train week 1's generator, then every row
+    python transfer.py --variant ours --force   train one again; the others stay in the report
 
-Writes into --out: for each row generator-<variant>.pt, history-<variant>.csv (its losses) and
-samples-<variant>.npz; four figures; results.json; and the classifiers.
+Writes generator-, history- and samples-<row>, figures, results.json and classifiers into --out.
 """
 
 import copy
 import functools
 import hashlib
+import sys
 import time
 from collections import deque, namedtuple
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageFont
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -35,80 +34,91 @@ from acwgan import CLASSES
 
 
 class Variant(NamedTuple):
-    """A row of the experiment: how its generator is made."""
+    """One row of the experiment: how its generator is trained."""
 
-    start: str  # see `new_generator`
-    weights: dict  # of the terms of its loss, see `loss_term`
-    rounds: float = 1  # of --steps
-    rate: float = 3e-3  # Adam's step size; x 800 steps: a quarter of the log's 1e-4 x 94,000
-    betas: tuple = (0.0, 0.9)  # Adam's
-    scheduled: bool = False  # the step size decays to 0, the weight of the L2 distance rises
-    sees_gradient: bool = False  # of the target, when it draws, too; see `Refiner`
-    attacked: str = "target"  # or random_target: approach 1 never loaded its weights
-    wanted: int | None = None  # the class to be taken for; None: the next
-    critic_trains: bool = False
+    start: str  # what the generator starts from, see `new_generator`
+    weights: dict  # weight of each term of the loss, see `loss_term`
+    rounds: float = 1  # generator steps, in multiples of --steps
+    lr: float = (
+        3e-3  # the learning rate; times 800: a quarter of the log's 1e-4 times 94,000
+    )
+    betas: tuple = (0.0, 0.9)  # of Adam, as in the log
+    scheduled: bool = False  # the learning rate falls, the euclidean weight rises
+    target: str = "target"  # the classifier to be fooled
+    wanted: int | None = None  # the class to be mistaken for; None: the next class
+    critic_trains: bool = False  # the critic goes on learning
 
 
-BOTH = {"auxiliary": 1, "adversarial": 1}  # beta, gamma
-RANDOM = {"attacked": "random_target", "wanted": 7, "rate": 2e-3}
-OURS = {"start": "refiner", "rate": 2e-3, "betas": (0.9, 0.99), "scheduled": True}
-HINGES = {"adversarial hinge": 1, "robust hinge": 1}
+APPROACH_1 = {"critic": 1, "auxiliary": 1, "adversarial": 1}  # alpha, beta, gamma
+SCRATCH = Variant("untrained", APPROACH_1, lr=2e-3, target="random_target", wanted=7)
+OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.16}
 VARIANTS = {
     "original": Variant("original", {}, rounds=0),
-    # approach 1 as logged; then with a critic that trains, too
-    "scratch": Variant("untrained", {"critic": 1, **BOTH}, **RANDOM),
-    "scratch-live": Variant("untrained", {"critic": 1, **BOTH}, **RANDOM, critic_trains=True),
-    # approach 2: gamma was 0, so nothing asked for adversarial digits; the FID was detached, so it
-    # moved no weight. Then gamma = 1; an FID with its gradient; AT-GAN's distance
+    # approach 1 as logged: nobody loaded the target's weights; then the critic goes on learning
+    "scratch": SCRATCH,
+    "scratch-live": SCRATCH._replace(critic_trains=True),
+    # approach 2 as logged: gamma was 0, so nothing asked for adversarial digits, and the FID was
+    # detached, so it moved no weight; then gamma = 1, an FID with a gradient, AT-GAN's distance
     "as-logged": Variant("pretrained", {"auxiliary": 1}),
-    "adversarial": Variant("pretrained", BOTH),
-    "fid": Variant("pretrained", {"frechet": 1, **BOTH}),
-    "euclidean": Variant("pretrained", {"noisy euclidean": 0.05, **BOTH}),
-    # a U-Net behind the original; then it sees the target's gradient
-    "ours-no-gradient": Variant(weights={**HINGES, "euclidean": 0.14}, rounds=4, **OURS),
-    "ours-gradient": Variant(
-        weights={**HINGES, "euclidean": 0.2}, rounds=1.5, sees_gradient=True, **OURS
+    "adversarial": Variant("pretrained", {"auxiliary": 1, "adversarial": 1}),
+    "fid": Variant("pretrained", {"frechet": 1, "auxiliary": 1, "adversarial": 1}),
+    "euclidean": Variant(
+        "pretrained", {"noisy euclidean": 0.05, "auxiliary": 1, "adversarial": 1}
+    ),
+    "ours": Variant(
+        "refiner", OURS, rounds=6, lr=2e-3, betas=(0.9, 0.99), scheduled=True
     ),
 }
-ANEW = "delete it, and it is trained anew"
-SHAPING = ("seed", "steps", "batch_size")  # flags: of every training
-ONE_RUN = ("out", "device", "resume", "force")  # flags that --resume does not restore
+WARM_UP = 50  # steps in which a scheduled learning rate rises at first
+RISE = 0.7  # share of the steps in which a scheduled weight rises
+TARGET_MARGIN = 1.5  # by which the wanted class should lead, see "adversarial hinge"
+ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust hinge"
+CRITIC_RATE = 1e-3  # learning rate of a critic that goes on learning
+BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
 
 
 def settings(argv=None):
-    """The flags, with every default resolved; with --resume those of the newest generator."""
-    datasets, hint = ("auto", "mnist", "glyphs"), "auto: the one the generator was trained on"
-    out, week1 = Path("runs/transfer"), Path("runs/acwgan/checkpoint.pt")
-    p = common.parser(__doc__, out, "auto", datasets, hint, "train on N images", True)
-    add, count = p.add_argument, common.count
-    add("--generator", type=Path, default=week1, help="week 1's checkpoint")
-    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train")
-    add("--steps", type=count(1), default=800, help="steps; ours take more")
-    add("--batch-size", type=count(2), default=64, help="samples per step")
-    add("--samples", type=count(20), default=10_000, help="digits behind every number")
-    args = p.parse_args(argv)
-    if args.resume:
-        generators = sorted(args.out.glob("generator-*.pt"), key=lambda path: path.stat().st_mtime)
-        if not generators:
-            p.error(f"there is no finished variant in {args.out}; leave out --resume")
-        with common.advise(generators[-1], ANEW):
-            p.set_defaults(**common.load_checkpoint(generators[-1], "transfer", ANEW)["flags"])
-        args = p.parse_args(argv)
-    args.variant = list(dict.fromkeys(["original", *args.variant]))  # what the others start from
+    """Parse the flags."""
+    datasets = ("auto", "mnist", "glyphs")
+    about = "the digits; auto: those that the generator was trained on"
+    limit = "train on the first N images only"
+    parser = common.parser(__doc__, Path("runs/transfer"), datasets, about, limit)
+    add = parser.add_argument
+    add(
+        "--generator",
+        type=Path,
+        default="runs/acwgan/checkpoint.pt",
+        help="week 1's checkpoint",
+    )
+    rows = list(VARIANTS)
+    add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
+    add(
+        "--steps",
+        type=common.number(int, 1),
+        default=800,
+        help="generator steps; ours: 6 x N",
+    )
+    add("--batch-size", type=common.number(int, 2), default=64, help="digits per step")
+    add(
+        "--samples",
+        type=common.number(int, 20),
+        default=10_000,
+        help="digits drawn per row",
+    )
+    args = parser.parse_args(argv)
+    if args.limit == 1:
+        parser.error("--limit 1: a Frechet distance needs at least 2 images")
+    args.variant = ["original", *args.variant]  # the others are compared with it
     return args
 
 
-def autocast(device):
-    """A context that multiplies in bfloat16, where `device` does so in hardware."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
-
-
 class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` feed the last layer."""
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` are what the head sees."""
 
-    def __init__(self, features, width):
+    def __init__(self, layers):
         super().__init__()
-        self.features, self.head = nn.Sequential(*features), nn.Linear(width, CLASSES)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(128, CLASSES)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
@@ -116,225 +126,299 @@ class Classifier(nn.Module):
 
 
 def model_a():
-    """The target: Model A of Tramer et al. 2018 (arXiv 1705.07204), with a stride of 2."""
-    layers = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU(), nn.Dropout(0.25)]
-    layers += [nn.Flatten(), nn.Linear(6400, 128), nn.ReLU(), nn.Dropout(0.5)]
-    return Classifier(layers, 128)
+    """Model A of Tramer et al. 2018 (arXiv 1705.07204), here with a stride of 2."""
+    layers = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU()]
+    layers += [
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(6400, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+    ]
+    return Classifier(layers)
 
 
 class Contrast(nn.Module):
-    """Darkens dark pixels, brightens bright ones, which a robust classifier learns slowly."""
+    """Darken dark pixels and brighten bright ones, which robust classifiers learn slowly."""
 
     def forward(self, images):
         return torch.sigmoid(10 * images - 5)
 
 
-def convolutional(layers, inputs, robust=False):
-    """A classifier of layers (channels in, out, kernel size, stride), whose last has `inputs`."""
-    network = [*([Contrast()] if robust else []), nn.PixelUnshuffle(2)]
-    for c_in, c_out, size, stride in layers:
-        norm = [nn.BatchNorm2d(c_out)] if robust else []
-        network += [nn.Conv2d(c_in, c_out, size, stride, 1, bias=not robust), *norm, nn.ReLU()]
-    return Classifier([*network, nn.Flatten(), nn.Linear(inputs, 128), nn.ReLU()], 128)
+def convolutional(convolutions, outputs, contrast=False):
+    """A classifier of convolutions (channels in, out, kernel size, stride), the last of which
+    returns `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
+    layers = [nn.PixelUnshuffle(2)]
+    if contrast:
+        layers.insert(0, Contrast())
+    for c_in, c_out, size, stride in convolutions:
+        layers.append(nn.Conv2d(c_in, c_out, size, stride, 1, bias=not contrast))
+        if contrast:
+            layers.append(nn.BatchNorm2d(c_out))
+        layers.append(nn.ReLU())
+    layers += [nn.Flatten(), nn.Linear(outputs, 128), nn.ReLU()]
+    return Classifier(layers)
+
+
+AUXILIARY = ([(4, 32, 3, 1), (32, 64, 3, 2), (64, 128, 3, 2)], 2048)
+JUDGE = ([(4, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1)], 3136)
+PGD_JUDGE = ([(4, 32, 5, 1), (32, 64, 5, 2)], 1600, True)
+# adversarial training by FGSM (Wong et al. 2020, arXiv 2001.03994) or PGD, from a random start
+FGSM = {"steps": 1, "alpha": 0.375, "noise": 0.3}
+PGD = {"steps": 3, "alpha": 0.15, "noise": 0.3}
+CLASSIFIERS = {  # network, its arguments, its training, the attack if that is adversarial
+    "target": (model_a, (), {"seed": 1, "epochs": 3, "lr": 1e-3}, None),
+    # these help to train the generators
+    "auxiliary": (
+        convolutional,
+        AUXILIARY,
+        {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2},
+        None,
+    ),
+    "robust_auxiliary": (
+        convolutional,
+        AUXILIARY,
+        {"seed": 4, "epochs": 4, "lr": 3e-3},
+        FGSM,
+    ),
+    # the judges are in no loss, and their architecture and training are their own
+    "judge": (convolutional, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
+    "pgd_judge": (convolutional, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
+}
+# what generators are trained against and measured with, frozen; original: week 1's generator
+Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
+
+
+def relu_convolution(c_in, c_out):
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
 
 
 class Refiner(nn.Module):
-    """`ours`: week 1's generator, frozen, and a small U-Net that adds a residual to its digit,
-    for the next class. With a target, the U-Net also sees its logits and the gradient of that
-    class's lead, and in eval mode gives `smallest`: two more forward passes."""
+    """`ours`: a U-Net that adds a residual to the digits of week 1's generator, which is frozen.
+    Latent (N, latent), labels (N,) -> images (N, 1, 28, 28) in [0, 1]; it needs no target."""
 
-    def __init__(self, original, target=None):
+    def __init__(self, original):
         super().__init__()
-        self.original, self.target = copy.deepcopy(original), copy.deepcopy(target)
         self.latent = original.latent
-        self.first, self.facts = nn.Conv2d(8, 40, 3, 1, 1), nn.Linear(3 * CLASSES, 40)
-        self.encoder = nn.Sequential(nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1))
-        layers = [nn.ReLU(), nn.Conv2d(40, 80, 2, 2), nn.ReLU(), nn.Conv2d(80, 80, 3, 1, 1)]
-        layers += [nn.ReLU(), nn.Conv2d(80, 80, 3, 1, 1), nn.ReLU()]
-        self.coarse = nn.Sequential(*layers, nn.ConvTranspose2d(80, 40, 2, 2))
-        layers = [nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU(), nn.Conv2d(40, 4, 3, 1, 1)]
-        self.decoder = nn.Sequential(*layers)
-        for weight in self.decoder[-1].parameters():  # the first digits are the original's
+        self.original = copy.deepcopy(original)
+        self.first = nn.Conv2d(4, 40, 3, padding=1)
+        self.classes = nn.Linear(CLASSES, 40)
+        self.encoder = relu_convolution(40, 40)
+        layers = [nn.ReLU(), nn.Conv2d(40, 80, 2, 2), relu_convolution(80, 80)]
+        layers += [relu_convolution(80, 80), nn.ReLU(), nn.ConvTranspose2d(80, 40, 2, 2)]
+        self.coarse = nn.Sequential(*layers)
+        self.decoder = nn.Sequential(relu_convolution(40, 40), relu_convolution(40, 4))
+        for weight in self.decoder[-1].parameters():  # first draws the original's
             nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
-        with autocast(latent.device):
-            image = self.original(latent, labels).float()
-            return self.refine(image, labels, wanted_class(labels))
-
-    def refine(self, image, labels, wanted):
-        hint, logits = (image > 0.5).float(), image.new_zeros(len(image), CLASSES)
-        if self.target:
-            with torch.enable_grad():
-                seen = image.detach().requires_grad_()
-                logits = self.target(seen)
-                (gradient,) = torch.autograd.grad(lead(logits, wanted).sum(), seen)
-            hint, logits = 10 * F.normalize(gradient.flatten(1)).view_as(image), logits.detach()
-        maps = F.pixel_unshuffle(torch.cat([2 * image - 1, hint], 1), 2)
-        classes = [F.one_hot(x, CLASSES) for x in (labels, wanted)]
-        facts = self.facts(torch.cat([*classes, logits / 10], 1))[:, :, None, None]
-        fine = self.encoder(self.first(maps.contiguous(memory_format=torch.channels_last)) + facts)
+        images = self.original(latent, labels).float()
+        maps = F.pixel_unshuffle(2 * images - 1, 2)
+        maps = self.first(maps.contiguous(memory_format=torch.channels_last))
+        classes = self.classes(F.one_hot(labels, CLASSES).float())
+        fine = self.encoder(maps + classes[:, :, None, None])
         residual = F.pixel_shuffle(self.decoder(fine + self.coarse(fine)), 2)
-        adv = (image + residual.float()).clamp(0, 1)
-        if self.training or not self.target:
-            return adv
-        return smallest(self.target, image, adv, wanted, lead(logits, wanted))
+        return (images + residual.float()).clamp(0, 1)
 
 
-def load_generator(path, dataset):
-    """Week 1's generator and critic, frozen, and their settings, with a hash of the file. Raises
-    Failure if they are not of `dataset`, unless that is auto, or don't fit."""
-    advice = f"make one with: python acwgan.py --out {path.parent}"
-    checkpoint = common.load_checkpoint(path, "acwgan", advice)
-    with common.advise(f"{path} does not fit", advice):
-        made, marks = dict(checkpoint["settings"]), len(checkpoint["curve"])
-        if made["image_size"] != 28 or dataset not in ("auto", made["dataset"]):
-            drawn = f"{made['dataset']} at {made['image_size']} pixels, not {dataset} at 28"
-            raise common.Failure(f"{path} draws {drawn}; {advice}", 2)
-        generator = acwgan.Generator(made["latent"], made["width"])
-        critic = acwgan.Critic(made["width"])
+def load_week_1(path, dataset, device=None):
+    """Week 1's generator and critic, frozen, and its settings with a hash of their "weights".
+    Raises Failure if they do not fit, or draw other digits than `dataset`, unless that is auto."""
+    advice = f"train one with: python acwgan.py --out {path.parent}"
+    checkpoint = common.load_checkpoint(path, advice, "acwgan")
+    try:
+        week_1 = dict(checkpoint["settings"])
+        generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
+        critic = acwgan.Critic(week_1["width"], 28)
         generator.load_state_dict(checkpoint["average"])
         critic.load_state_dict(checkpoint["critic"])
-    if marks < 10:
-        print(f"{path} is unfinished, {marks} of 10 parts; acwgan.py --resume continues it")
-    made["file"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return generator.eval().requires_grad_(False), critic.eval().requires_grad_(False), made
+        unfinished = checkpoint["steps"] < checkpoint["total_steps"]
+    except (KeyError, RuntimeError) as problem:
+        raise common.Failure(
+            f"{path} does not fit 28 pixels; {advice} ({problem})"
+        ) from None
+    if dataset not in ("auto", week_1["dataset"]):
+        raise common.Failure(
+            f"{path} draws {week_1['dataset']}, not {dataset}; {advice}", 2
+        )
+    if unfinished:
+        print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
+    digest = hashlib.sha256()  # of the weights: the file also holds times, which differ
+    for network in (generator, critic):
+        for weight in network.state_dict().values():
+            digest.update(weight.numpy().tobytes())
+        network.eval().requires_grad_(False).to(device)
+    week_1["weights"] = digest.hexdigest()[:12]
+    return generator, critic, week_1
 
 
-def wanted_class(labels, wanted=None):
-    """The classes (N,) that digits of `labels` (N,) are to be taken for: `wanted`, or the next."""
-    return (labels + 1) % CLASSES if wanted is None else torch.full_like(labels, wanted)
-
-
-def new_generator(name, networks):
-    """The generator that a variant starts from. All but week 1's own normalise by the batch when
-    they draw, too, as the log's did."""
-    variant, original = VARIANTS[name], networks.original
+def new_generator(variant, original):
+    """The generator that a row starts from, on the device of the `original`."""
     if variant.start == "refiner":
-        refiner = Refiner(original, networks.target if variant.sees_gradient else None)
-        return refiner.to(next(original.parameters()).device)
+        return Refiner(original).to(next(original.parameters()).device)
     generator = copy.deepcopy(original).requires_grad_(True)
     for module in generator.modules():
         if variant.start == "untrained" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        # as the log's generators, these normalise by the batch, also when they draw
         if variant.start != "original" and isinstance(module, nn.BatchNorm2d):
-            module.running_mean = module.running_var = None
+            module.running_mean = None
+            module.running_var = None
     return generator
 
 
-def lead(logits, labels):
-    """The logit of each label less the largest other, (N,): above 0, the label is the answer."""
+def wanted_classes(variant, labels):
+    """The classes (N,) that a row's digits of the classes `labels` (N,) should pass for."""
+    if variant.wanted is None:
+        return (labels + 1) % CLASSES
+    return torch.full_like(labels, variant.wanted)
+
+
+def margin(logits, labels):
+    """The logit of each label less the largest other one, (N,): above 0, it is the answer."""
     label = logits.gather(1, labels[:, None])[:, 0]
     return label - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
-def pgd(network, images, labels, sign=1, eps=0.3, alpha=0.02, steps=40, noise=0.0):
-    """L-inf PGD (Madry et al. 2018, arXiv 1706.06083) on the cross-entropy of the labels (N,), from
-    up to `noise` off the images; sign -1: towards the labels. Returns images in [0, 1]."""
+def pgd(
+    network, images, classes, targeted=False, eps=0.3, alpha=0.02, steps=40, noise=0.0
+):
+    """L-inf PGD on the cross-entropy (Madry et al. 2018, arXiv 1706.06083).
+    Moves images (N, 1, 28, 28) in [0, 1] away from the classes (N,), or to them if `targeted`, and
+    returns them. eps, the step alpha and the random start's noise are in pixel values."""
     adv = images + noise * (2 * torch.rand_like(images) - 1)
     for _ in range(steps):
         adv.requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(network(adv), labels), adv)
-        adv = adv.detach() + sign * alpha * gradient.sign()
+        loss = F.cross_entropy(network(adv), classes)
+        if targeted:
+            loss = -loss
+        (gradient,) = torch.autograd.grad(loss, adv)
+        adv = adv.detach() + alpha * gradient.sign()
         adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
     return adv
 
 
-def carlini_wagner(network, images, wanted, searches=6, steps=150, rate=0.05):
-    """The least L2 change that a search finds (Carlini & Wagner 2017, arXiv 1608.04644): Adam, in
-    tanh space, on ||change||^2 + c * hinge on the lead of the class wanted, with the smallest c
-    that succeeds, by a binary search for each image. Returns images in [0, 1]."""
-    best, least = images.clone(), images.new_full((len(images),), torch.inf)
-    low, high, c = torch.zeros_like(least), least.clone(), torch.ones_like(least)
+def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
+    """The smallest L2 change that a search finds (Carlini & Wagner 2017, arXiv 1608.04644): Adam
+    on ||change||^2 + c * hinge on the margin of the wanted classes (N,), in tanh space; each search
+    bisects c for each image. An upper bound: 2.4 % less with twice the steps; changes below some
+    7 * lr are overshot. Images (N, 1, 28, 28) in [0, 1] return unchanged where nothing succeeds."""
+    best = images.clone()
+    smallest = images.new_full((len(images),), torch.inf)
+    low = torch.zeros_like(smallest)
+    high = smallest.clone()
+    c = torch.ones_like(smallest)
     for _ in range(searches):
         free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
-        adam, succeeded = torch.optim.Adam([free], rate), wanted < 0  # none yet
+        adam = torch.optim.Adam([free], lr)
+        succeeded = torch.zeros_like(wanted, dtype=torch.bool)
         for _ in range(steps):
             adv = (free.tanh() + 1) / 2
             size = (adv - images).square().flatten(1).sum(1)
-            ahead = lead(network(adv), wanted) - 0.1  # or rounding to 8 bits undoes it
-            (free.grad,) = torch.autograd.grad((size + c * (-ahead).relu()).sum(), free)
-            better = (ahead > 0) & (size < least)
-            best[better], least[better] = adv.detach()[better], size.detach()[better]
-            succeeded |= ahead > 0
+            lead = margin(network(adv), wanted) - 0.1  # outlasts rounding to 8 bits
+            loss = size + c * (-lead).relu()
+            (free.grad,) = torch.autograd.grad(loss.sum(), free)
+            success = lead > 0
+            better = success & (size < smallest)
+            best[better] = adv.detach()[better]
+            smallest[better] = size.detach()[better]
+            succeeded = succeeded | success
             adam.step()
-        low, high = torch.where(succeeded, low, c), torch.where(succeeded, c, high)
+        low = torch.where(succeeded, low, c)
+        high = torch.where(succeeded, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
     return best
 
 
-@torch.no_grad()
-def smallest(network, images, adv, wanted, start, margin=0.5, steps=2):
-    """As much of the change from images to adv (N, 1, 28, 28) as the class wanted needs to lead
-    by `margin`, as if its lead, at first `start` (N,), were linear along it."""
-    change, share = adv - images, torch.ones_like(images[:, :1, :1, :1])
-    for _ in range(steps):
-        ahead = lead(network((images + share * change).clamp(0, 1)), wanted)
-        factor = ((margin - start) / (ahead - start)).nan_to_num(0)  # 0 / 0: nothing is needed
-        share = share * factor.clamp(0, 1.3).view_as(share)
-    return (images + share * change).clamp(0, 1)
-
-
-AUXILIARY = functools.partial(convolutional, ((4, 32, 3, 1), (32, 64, 3, 2), (64, 128, 3, 2)), 2048)
-JUDGE = functools.partial(convolutional, ((4, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1)), 3136)
-PGD_JUDGE = functools.partial(convolutional, ((4, 32, 5, 1), (32, 64, 5, 2)), 1600, True)
-# FGSM from a random start (Wong et al. 2020, arXiv 2001.03994), and three steps of PGD
-ONE_STEP = {"steps": 1, "alpha": 0.375, "noise": 0.3}
-THREE_STEPS = {"steps": 3, "alpha": 0.15, "noise": 0.3}
-CLASSIFIERS = {  # network, seed, arguments of `acwgan.train_classifier`, of `pgd` if adversarial
-    "target": (model_a, 1, {"epochs": 3, "lr": 1e-3}, {}),  # it is attacked
-    "auxiliary": (AUXILIARY, 3, {"epochs": 3, "lr": 3e-3, "shift": 2}, {}),
-    "robust_auxiliary": (AUXILIARY, 4, {"epochs": 4, "lr": 3e-3}, ONE_STEP),
-    # judges: in no loss, of other architectures and trainings
-    "judge": (JUDGE, 5, {"epochs": 7, "lr": 4e-3}, ONE_STEP),
-    "pgd_judge": (PGD_JUDGE, 6, {"epochs": 4, "lr": 5e-3}, THREE_STEPS),
+# attack, its settings, how many digits it attacks
+ATTACKS = {
+    "pgd": (pgd, {"targeted": True}, 500),
+    "carlini-wagner": (carlini_wagner, {}, 200),
 }
-# what a generator is trained against and measured with, all frozen
-Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
 
 
-def classifier(name, out, dataset, images, labels):
-    """One of CLASSIFIERS, trained on these images (N, 1, 28, 28), or the one kept in `out`."""
-    make, seed, how, attack = CLASSIFIERS[name]
-    torch.manual_seed(seed)
-    network = make().to(images.device)
-    how = {"seed": seed, "attack": attack, **how}
-    made = {"network": str(network), "dataset": dataset, "images": len(images), **how}
-    how["attack"] = functools.partial(pgd, **attack) if attack else None
-    fit = functools.partial(acwgan.train_classifier, images=images, labels=labels, **how)
-    return acwgan.kept_classifier(out / f"{name}.pt", made, network, fit)
+def attack_in_batches(name, attack, options, network, images, classes):
+    """attack(network, images, classes, **options), ten images at a time, so that a bar moves."""
+    batches = []
+    starts = range(0, len(images), 10)
+    for i in common.progress(starts, name, unit="image", unit_scale=10):
+        batch = images[i : i + 10]
+        batches.append(attack(network, batch, classes[i : i + 10], **options))
+    return torch.cat(batches)
+
+
+def load_networks(out, dataset, images, labels, original, critic):
+    """All `Networks`; classifiers come from `out`, or are trained on these images and labels."""
+    torch.manual_seed(7)
+    random_target = model_a().eval().requires_grad_(False)
+    networks = [original, critic, random_target.to(images.device)]
+    for name, (make, arguments, training, attack) in CLASSIFIERS.items():
+        torch.manual_seed(training["seed"])
+        network = make(*arguments).to(images.device)
+        made_with = {"network": str(network), "dataset": dataset, "images": len(images)}
+        made_with.update(training, attack=attack)
+        if attack:
+            attack = functools.partial(pgd, **attack)
+        path = out / f"{name}.pt"
+        network = acwgan.cached_classifier(
+            path, network, images, labels, made_with, attack
+        )
+        networks.append(network)
+    return Networks._make(networks)
+
+
+def classify(network, images):
+    """The classes (N,) int64 that `network` reads from images (N, 1, 28, 28)."""
+    return acwgan.predict(network, images).argmax(1)
+
+
+def measure_classifiers(networks, images, labels):
+    """The accuracy of each classifier on test images, of the judges also under PGD."""
+    rates = {}
+    for name in CLASSIFIERS:
+        network = getattr(networks, name)
+        hits = classify(network, images) == labels
+        rates[name] = common.wilson(hits.sum(), len(hits))
+        if "judge" in name:
+            few = labels[:1000]
+            adv = attack_in_batches(
+                f"PGD on {name}", pgd, {}, network, images[:1000], few
+            )
+            hits = classify(network, adv) == few
+            rate = common.wilson(hits.sum(), len(hits))
+            rates[f"{name}_under_pgd"] = rate
+            if rate["rate"] < 0.5:
+                text = f"WARNING: {name} is weak under PGD: right on {common.cell(rate)}"
+                print(f"{text}; it needs more digits than --limit", file=sys.stderr)
+    return rates
 
 
 class FeatureBank:
-    """The Frechet distance of generated to real digits in a classifier's features, over the total
-    variance of the real ones. A batch is too few for a covariance: the last seven join it."""
+    """The Frechet distance of generated to real digits in a classifier's features, relative to the
+    variance of the real ones. Earlier batches join a batch, too small alone for a covariance."""
 
     def __init__(self, network, images):
-        self.network, rng = network, torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(images), generator=rng)[:2048].to(images.device)
-        real = network.features(images[chosen]).float()
-        # few rows of the same mean and covariance, or each step would factor 2,048
-        spread = torch.linalg.qr((real - real.mean(0)) / (len(real) - 1) ** 0.5).R
-        spread *= (len(spread) - 0.5) ** 0.5
-        self.reference = torch.cat([real.mean(0) + spread, real.mean(0) - spread])
-        self.recent = deque(maxlen=7)
+        stream = torch.Generator().manual_seed(0)
+        rows = torch.randperm(len(images), generator=stream)[:2048].to(images.device)
+        self.network = network
+        self.real = network.features(images[rows]).float()
+        self.recent = deque(maxlen=BANK_BATCHES)
 
     def distance(self, images):
         """A scalar, differentiable in images (N, 1, 28, 28), which join the bank."""
         features = self.network.features(images).float()
         bank = torch.cat([features, *self.recent])
         self.recent.append(features.detach())
-        distance = common.frechet_distance_torch(bank, self.reference)
-        distance = distance / self.reference.var(0).sum()
-        # only the newest batch, an eighth of the bank, has a gradient: make up for that
-        distance.register_hook(lambda gradient: len(bank) / len(features) * gradient)
-        return distance
+        distance = common.frechet_distance_torch(bank, self.real) / self.real.var(0).sum()
+        # only the newest batch has a gradient: scaled up to the whole bank's; the bracket is 0
+        scale = len(bank) / len(features)
+        return distance.detach() + scale * (distance - distance.detach())
 
 
 def loss_term(term, networks, bank, images, latent, labels, wanted):
-    """One term of a variant's loss, a scalar, for images (N, 1, 28, 28) drawn from latent
-    (N, latent) and labels (N,), to be taken for the classes wanted (N,)."""
+    """One term of a row's loss, a scalar, for images (N, 1, 28, 28) in [0, 1], drawn from latent
+    (N, latent) and labels (N,), that should pass for the wanted classes (N,)."""
     match term:
         case "critic":
             return -networks.critic(images)[0].mean()
@@ -346,210 +430,246 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
             return bank.distance(images)
         case "euclidean" | "noisy euclidean":
             original = networks.original(latent, labels).float()
-            if term == "noisy euclidean":  # as in AT-GAN's equation 5
+            if term == "noisy euclidean":  # AT-GAN's equation 5
                 original = original + 0.1 * torch.randn_like(original)
             return (images - original).square().flatten(1).sum(1).mean()
         case "adversarial hinge":
-            return (1.5 - lead(networks.target(images), wanted)).relu().mean()
+            return (TARGET_MARGIN - margin(networks.target(images), wanted)).relu().mean()
         case "robust hinge":
-            return (2.0 - lead(networks.robust_auxiliary(images), labels)).relu().mean()
+            logits = networks.robust_auxiliary(images)
+            return (ROBUST_MARGIN - margin(logits, labels)).relu().mean()
 
 
-def train(name, args, networks, images, labels):
-    """Train a variant's generator beside real images (N, 1, 28, 28) in [0, 1], labels (N,) int64.
-    Returns it, frozen, and its history: the terms of every 50th step."""
-    variant, device, began = VARIANTS[name], images.device, time.time()
-    steps, size = int(variant.rounds * args.steps), args.batch_size
+def train(name, args, networks, real_images, real_labels):
+    """Train a row's generator; real_images (N, 1, 28, 28) in [0, 1], real_labels (N,) int64.
+    Returns it, frozen, and its history, the terms of the loss at every 50th step."""
+    variant = VARIANTS[name]
+    networks = networks._replace(target=getattr(networks, variant.target))
+    steps = int(variant.rounds * args.steps)
+    device = real_images.device
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=common.has_bf16(device)
+    )
     torch.manual_seed(args.seed)
-    generator = new_generator(name, networks)
-    adam = torch.optim.Adam(generator.parameters(), variant.rate, variant.betas, fused=True)
+    generator = new_generator(variant, networks.original)
+    adam = torch.optim.Adam(generator.parameters(), variant.lr, variant.betas, fused=True)
     if variant.critic_trains:
-        networks = networks._replace(critic=copy.deepcopy(networks.critic).requires_grad_(True))
-        critic_adam = torch.optim.Adam(networks.critic.parameters(), 1e-3, (0.0, 0.99))
-    bank, history = FeatureBank(networks.auxiliary, images), []
-    bar = common.progress(range(steps), name, unit="step")
-    for step in bar:
+        critic = copy.deepcopy(networks.critic).requires_grad_(True)
+        critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
+        networks = networks._replace(critic=critic)
+    bank = FeatureBank(networks.auxiliary, real_images)
+    history = []
+    for step in common.progress(range(steps), name, unit="step"):
         weights = dict(variant.weights)
         if variant.scheduled:
-            adam.param_groups[0]["lr"] = variant.rate * min(1, (step + 1) / 50) * (1 - step / steps)
-            weights["euclidean"] *= min(1, step / (0.7 * steps))
-        latent = torch.randn(size, generator.latent, device=device)
-        asked = torch.randint(CLASSES, (size,), device=device)
-        wanted = wanted_class(asked, variant.wanted)
-        with autocast(device):
-            drawn = generator(latent, asked).float()
+            warm_up = min(1, (step + 1) / WARM_UP)
+            adam.param_groups[0]["lr"] = variant.lr * warm_up * (1 - step / steps)
+            weights["euclidean"] *= min(1, step / (RISE * steps))
+        latent = torch.randn(args.batch_size, generator.latent, device=device)
+        labels = torch.randint(CLASSES, (args.batch_size,), device=device)
+        wanted = wanted_classes(variant, labels)
+        with autocast:
+            images = generator(latent, labels).float()
         if variant.critic_trains:
-            chosen = torch.randint(len(images), (size,), device=device)
-            real = (images[chosen], labels[chosen])
-            with autocast(device):
-                loss, _ = acwgan.critic_loss(networks.critic, *real, drawn.detach(), share=0.5)
+            rows = torch.randint(len(real_images), (args.batch_size,), device=device)
+            real = real_images[rows]
+            fake = images.detach()
+            with autocast:
+                loss, _ = acwgan.critic_loss(
+                    critic, real, real_labels[rows], fake, 10.0, 0.5
+                )
             critic_adam.zero_grad()
             loss.backward()
             critic_adam.step()
-        # a context of its own: that above keeps bfloat16 weights from before the critic's step
-        with autocast(device):
-            batch = networks, bank, drawn, latent, asked, wanted
-            terms = {term: loss_term(term, *batch) for term in weights}
-        loss = sum(weight * terms[term] for term, weight in weights.items())
+        terms = {}
+        loss = 0
+        # entered anew: the context above cached the critic's weights from before its step
+        with autocast:
+            for term, weight in weights.items():
+                terms[term] = loss_term(
+                    term, networks, bank, images, latent, labels, wanted
+                )
+                loss = loss + weight * terms[term]
         adam.zero_grad()
         loss.backward()
         adam.step()
         if step % 50 == 0 or step == steps - 1:
             if not loss.isfinite():
-                raise common.Failure(f"{name}: the loss is no number; lower its rate")
-            row = {"step": step + 1, "seconds": round(time.time() - began, 2)}
-            history.append(row | {term: value.item() for term, value in terms.items()})
-            bar.set_postfix(history[-1], refresh=False)
+                raise common.Failure(f"{name}: the loss is no number; lower its lr")
+            row = {"step": step + 1}
+            for term, value in terms.items():
+                row[term] = value.item()
+            history.append(row)
     return generator.eval().requires_grad_(False), history
 
 
-def classify(network, images):
-    """The classes (N,) int64 that `network` reads from images (N, 1, 28, 28)."""
-    return acwgan.predict(network, images).argmax(1)
+def load_generator(name, args, made_with, original):
+    """A row's finished generator, or None; Failure if it was made with other settings."""
+    path = args.out / f"generator-{name}.pt"
+    if not path.exists() or (args.force and name in args.variant):
+        return None
+    checkpoint = common.load_checkpoint(path, "delete it to train again", "transfer")
+    if args.force and checkpoint["settings"] != made_with:
+        return None  # the report leaves it out
+    common.require_same(path, checkpoint["settings"], made_with)
+    generator = new_generator(VARIANTS[name], original)
+    generator.load_state_dict(checkpoint["generator"])
+    return generator.eval().requires_grad_(False)
 
 
-def measure(images, original, asked, wanted, networks):
-    """The classes (N,) that the target reads from images (N, 1, 28, 28), and their row's numbers,
-    without images asked for the wanted class. original: week 1's images of the same (z, y)."""
-    counts = asked != wanted
-    readers = networks.target, networks.judge, networks.pgd_judge
-    predicted, judge, pgd_judge = (classify(network, images) for network in readers)
+def measure(images, original, labels, variant, networks):
+    """A row's numbers for images (N, 1, 28, 28) of the classes `labels` (N,), and the classes (N,)
+    that are wanted and read by the target. original: week 1's images of the same latents."""
+    wanted = wanted_classes(variant, labels)
+    predicted = classify(getattr(networks, variant.target), images)
     fooled = predicted == wanted
+    judge_right = classify(networks.judge, images) == labels
+    pgd_judge_right = classify(networks.pgd_judge, images) == labels
     hits = {
         "target_fooled": fooled,
-        "judge_reads_y": judge == asked,
-        "pgd_judge_reads_y": pgd_judge == asked,
-        "both": fooled & (judge == asked),
-        "both_by_pgd_judge": fooled & (pgd_judge == asked),
+        "judge_reads_y": judge_right,
+        "both": fooled & judge_right,
     }
-    row = {name: common.wilson(hit[counts].sum(), counts.sum()) for name, hit in hits.items()}
-    change = (images - original).flatten(1)[counts]
-    row |= {"l2": change.norm(dim=1).mean().item(), "linf": change.abs().amax(1).mean().item()}
-    return predicted, row
+    hits["pgd_judge_reads_y"] = pgd_judge_right
+    hits["both_by_pgd_judge"] = fooled & pgd_judge_right
+    counts = labels != wanted  # an image of the wanted class fools nobody
+    row = {}
+    for name, hit in hits.items():
+        row[name] = common.wilson(hit[counts].sum(), counts.sum())
+    change = (images - original)[counts].flatten(1)
+    row["l2"] = change.norm(dim=1).mean().item()
+    row["linf"] = change.abs().amax(1).mean().item()
+    return row, {"target": wanted, "predicted": predicted}
 
 
-def timed(make, *args):
-    """The images that `make(*args)` returns, and how many it makes in a second."""
+def write_figures(out, drawn):
+    """Write three pages of the rows' first ten digits; drawn: {row: images (N, 1, 28, 28)}."""
+    lines = [(name, images[:10].cpu()) for name, images in drawn.items()]
+    framework = lines[:1] + [line for line in lines if "scratch" in line[0]]
+    with_fid = [
+        line for line in lines if "scratch" not in line[0] and line[0] in VARIANTS
+    ]
+    closest = lines[:1]
+    for name, images in lines:
+        if name in ("ours", "carlini-wagner"):
+            change = images - lines[0][1] + 0.5
+            closest += [(name, images), ("its change", change.clamp(0, 1))]
+    title = "synthetic-adversarial-framework"
+    pages = {title: framework, f"{title}-with-fid": with_fid, "closest": closest}
+    for title, lines in pages.items():
+        large = F.interpolate(torch.cat([images for _, images in lines]), scale_factor=2)
+        grid = torchvision.utils.make_grid(large, 10, pad_value=0.3)
+        page = to_pil_image(F.pad(grid, (120, 0), value=1.0))  # room for the names
+        draw = ImageDraw.Draw(page)
+        for i, (name, _) in enumerate(lines):
+            y = (i + 0.5) * page.height / len(lines)
+            draw.text((8, y), name, "black", ImageFont.load_default(14), "lm")
+        with common.whole_file(out / f"{title}.png") as file:
+            page.save(file, "png")
+
+
+def print_rows(dataset, rows):
+    """Print the table of the rows, after a word on its columns."""
+    print(f"""
+Week 2 on {dataset}: digits of class y, to be taken for y + 1 by the target classifier; in scratch
+and scratch-live, for 7 by an untrained one. In % of the digits: fooled, it does; judge 1, judge 2,
+a robust classifier that took no part reads y; both, fooled and read so. L2, L-inf: mean change.""")
+    rates = [
+        "target_fooled",
+        "judge_reads_y",
+        "both",
+        "pgd_judge_reads_y",
+        "both_by_pgd_judge",
+    ]
+    lines = []
+    for name, row in rows.items():
+        line = [name]
+        for key in rates:
+            line.append(100 * row[key]["rate"])
+        line += [row["l2"], row["l2_over_cw"], row["linf"], row["digits_per_second"]]
+        lines.append(line)
+    head = ["row", "fooled", "judge 1", "both 1", "judge 2", "both 2"]
+    common.print_table([*head, "L2", "L2/C&W", "L-inf", "digits/s"], lines)
+
+
+def timed(function, *args):
+    """The images that `function` returns, and how many of them it makes per second."""
     began = time.perf_counter()
-    images = make(*args)
-    images.sum().item()  # on a GPU: wait for it
+    images = function(*args)
+    images.sum().item()  # a GPU is done only now
     return images, len(images) / (time.perf_counter() - began)
 
 
-ATTACKS = {"pgd": (functools.partial(pgd, sign=-1), 500), "carlini-wagner": (carlini_wagner, 200)}
-FIGURES = {
-    "synthetic-adversarial-framework.png": ("original", "scratch", "scratch-live"),
-    "synthetic-adversarial-framework-with-fid.png": [x for x in VARIANTS if "scratch" not in x],
-}
-
-
-def page_of(lines):
-    """A picture of lines of ten digits, (name, images (10, 1, 28, 28) in [0, 1])."""
-    digits = torch.cat([images for _, images in lines]).cpu()
-    grid = to_pil_image(torchvision.utils.make_grid(digits, 10, pad_value=0.3))
-    grid = grid.resize((780, 780 * grid.height // grid.width), Image.BICUBIC)
-    page = ImageOps.expand(grid, (120, 0, 0, 0), "white")
-    ink = ImageDraw.Draw(page)
-    for i, (name, _) in enumerate(lines):
-        ink.text((4, (i + 0.5) * page.height / len(lines)), name, "black", anchor="lm")
-    return page
-
-
-def report(out, rows, drawn):
-    """Print the table of the rows; write the figures of their digits, the first ten, into `out`."""
-    print("% of digits; wanted: y + 1; scratch, scratch-live: 7, of a random target")
-    head = "fooled", "judge", "both", "pgd judge", "both", "L2", "over C&W", "L-inf", "digits/s"
-    keys = ["target_fooled", "judge_reads_y", "both", "pgd_judge_reads_y", "both_by_pgd_judge"]
-    keys += ["l2", "l2_over_cw", "linf", "digits_per_second"]
-    lines = []
-    for name, row in rows.items():
-        cells = (100 * row[x]["rate"] if isinstance(row[x], dict) else row[x] for x in keys)
-        lines.append([name, *(f"{x:.4g}" for x in cells)])
-    common.print_table(["variant", *head], lines)
-    digits, pages, points = {name: x[:10] for name, x in drawn.items()}, {}, {}
-    for path, names in FIGURES.items():
-        pages[path] = page_of([(name, digits[name]) for name in names if name in digits])
-    lines = [("original", digits["original"])]
-    closest = "ours-gradient", "ours-no-gradient", "carlini-wagner"
-    for name in [name for name in closest if name in digits]:
-        change = (digits[name] - digits["original"] + 0.5).clamp(0, 1)
-        lines += [(name, digits[name]), ("its change", change)]
-    pages["closest.png"] = page_of(lines)
-    for name, row in rows.items():
-        read, fooled = (row[key]["rate"] for key in ("judge_reads_y", "target_fooled"))
-        points[f"{name}, L2 {row['l2']:.1f}"] = [read], [fooled]
-    pages["scatter.png"] = acwgan.plot("target fooled", "judge reads y", points, joined=False)
-    for path, page in pages.items():
-        common.write_file(out / path, functools.partial(page.save, format="png"))
-
-
 def main(argv=None):
-    """Train, measure and draw the variants; returns what results.json holds."""
+    """Train, draw, measure and compare the rows; returns the record that results.json holds."""
     args = settings(argv)
-    original, critic, week1 = load_generator(args.generator, args.dataset)
     device = common.pick_device(args.device)
-    common.make_folder(args.out)
-    dataset, images, labels = common.load_digits(week1["dataset"], args.data, True, args.limit)
-    test = common.load_digits(dataset, args.data, False, args.samples)[1:]
-    images, labels, test_images, test_labels = (x.to(device) for x in (images, labels, *test))
-    facts = {"dataset": dataset, "dataset_size": len(images)}
-    flags = {flag: value for flag, value in vars(args).items() if flag not in ONE_RUN}
-    flags |= {"data": str(args.data), "generator": str(args.generator)}
-    shared = {"week_1": week1["file"], **facts, **{flag: flags[flag] for flag in SHAPING}}
-    made = {name: shared | VARIANTS[name]._asdict() for name in args.variant}
-    paths = {name: args.out / f"generator-{name}.pt" for name in args.variant}
-    # other settings in --out are refused before any training
-    kept = {x: acwgan.starting_point(paths[x], "transfer", made[x], args) for x in paths}
-    trained = {x: classifier(x, args.out, dataset, images, labels) for x in CLASSIFIERS}
-    torch.manual_seed(7)
-    random_target = model_a().to(device).eval().requires_grad_(False)
-    networks = Networks(original.to(device), critic.to(device), random_target, **trained)
-    right = {}
-    for name, network in trained.items():
-        right[name] = classify(network, test_images) == test_labels
-        if "judge" in name:
-            attack = functools.partial(pgd, network)
-            adv = acwgan.in_parts(attack, test_images[:1000], test_labels[:1000])
-            right[f"{name}_under_pgd"] = classify(network, adv) == test_labels[:1000]
-    accuracy = {name: common.wilson(hits.sum(), len(hits)) for name, hits in right.items()}
-    common.print_table(["classifier", "right on test images"], accuracy.items())
-    asked = torch.arange(args.samples, device=device) % CLASSES
-    drawn, rows = {}, {}
-    for name in args.variant:
-        variant = VARIANTS[name]
-        wanted = wanted_class(asked, variant.wanted)
-        attacked = networks._replace(target=getattr(networks, variant.attacked))
-        if kept[name]:
-            generator = new_generator(name, attacked)
-            with common.advise(paths[name], ANEW):
-                generator.load_state_dict(kept[name]["generator"])
-            generator.eval().requires_grad_(False)
-        else:
-            generator, history = train(name, args, attacked, images, labels)
-            if history:
-                acwgan.write_history(args.out / f"history-{name}.csv", history)
-            content = {"kind": "transfer", "settings": made[name], "flags": flags}
-            common.save_checkpoint(paths[name], content | {"generator": generator.state_dict()})
-        drawn[name], speed = timed(acwgan.generate, generator, asked, args.seed)
-        predicted, row = measure(drawn[name], drawn["original"], asked, wanted, attacked)
-        rows[name] = row | {"digits_per_second": speed}
-        goals = {"target": wanted, "predicted": predicted}
-        acwgan.save_samples(args.out / f"samples-{name}.npz", drawn[name], asked, **goals)
-    wanted = wanted_class(asked)
-    for name, (attack, n) in ATTACKS.items():
-        start, goal = drawn["original"][:n], wanted[:n]
-        attack = functools.partial(attack, networks.target)
-        adv, speed = timed(acwgan.in_parts, attack, start, goal)
-        drawn[name] = (adv * 255).round() / 255
-        _, row = measure(drawn[name], start, asked[:n], goal, networks)
-        rows[name] = row | {"digits_per_second": speed}
-    floor, n = rows["carlini-wagner"]["l2"], len(drawn["carlini-wagner"])
-    for name, row in rows.items():
-        change = (drawn[name][:n] - drawn["original"][:n]).flatten(1)
-        row["l2_over_cw"] = change.norm(dim=1).mean().item() / max(floor, 1e-9)
-    report(args.out, rows, drawn)
-    facts |= {"device": str(device), "accuracy": accuracy}
-    return common.write_results(args, {"rows": rows}, **facts)
+    out = args.out
+    with common.hold(out):
+        original, critic, week_1 = load_week_1(args.generator, args.dataset, device)
+        dataset = week_1["dataset"]
+        _, images, digits = common.load_digits(dataset, args.data, limit=args.limit)
+        images = images.to(device)
+        digits = digits.to(device)
+        facts = {"dataset": dataset, "dataset_size": len(images)}
+        made_with = {}
+        generators = {}
+        for name, variant in VARIANTS.items():
+            made_with[name] = {"week_1": week_1["weights"], **facts, **variant._asdict()}
+            made_with[name].update(
+                seed=args.seed, steps=args.steps, batch_size=args.batch_size
+            )
+            generators[name] = load_generator(name, args, made_with[name], original)
+        networks = load_networks(out, dataset, images, digits, original, critic)
+        _, test_images, test_digits = common.load_digits(
+            dataset, args.data, False, args.samples
+        )
+        rates = measure_classifiers(
+            networks, test_images.to(device), test_digits.to(device)
+        )
+        for name in args.variant:
+            if generators[name] is None:
+                generators[name], history = train(name, args, networks, images, digits)
+                if history:
+                    common.write_csv(out / f"history-{name}.csv", history)
+                checkpoint = {"kind": "transfer", "settings": made_with[name]}
+                checkpoint["generator"] = generators[name].state_dict()
+                with common.whole_file(out / f"generator-{name}.pt") as file:
+                    torch.save(checkpoint, file)
+        labels = torch.arange(args.samples, device=device) % CLASSES
+        drawn = {}
+        rows = {}
+        for name, generator in common.progress(generators.items(), "drawing", unit="row"):
+            if generator is not None:
+                drawn[name], speed = timed(acwgan.generate, generator, labels, args.seed)
+                start = drawn["original"]
+                rows[name], classes = measure(
+                    drawn[name], start, labels, VARIANTS[name], networks
+                )
+                rows[name]["digits_per_second"] = speed
+                path = out / f"samples-{name}.npz"
+                acwgan.save_samples(path, drawn[name], labels, **classes)
+        variant = VARIANTS["original"]
+        for name, (attack, options, n) in ATTACKS.items():
+            start = drawn["original"][:n]
+            wanted = wanted_classes(variant, labels[:n])
+            images, speed = timed(
+                attack_in_batches, name, attack, options, networks.target, start, wanted
+            )
+            drawn[name] = (images * 255).round() / 255
+            rows[name], _ = measure(drawn[name], start, labels[:n], variant, networks)
+            rows[name]["digits_per_second"] = speed
+        n = len(drawn["carlini-wagner"])
+        cw_l2 = max(1e-9, rows["carlini-wagner"]["l2"])  # 0 where it finds nothing
+        for name, row in rows.items():
+            change = (drawn[name][:n] - drawn["original"][:n]).flatten(1)
+            row["l2_over_cw"] = change.norm(dim=1).mean().item() / cw_l2
+        write_figures(out, drawn)
+        facts.update(device=str(device), accuracy=rates)
+        record = common.write_results(args, {"rows": rows}, **facts)
+    common.print_table(["classifier", "right on test images"], rates.items())
+    print_rows(dataset, rows)
+    return record
 
 
 if __name__ == "__main__":
