@@ -3588,7 +3588,7 @@ def test_a_network_of_ones_own_is_attacked_on_its_photos(own, function):
         ("endless", "not finite", 1),
         ("frozen", "no gradient", 1),
         ("probabilities", "logits, not probabilities", 1),
-        ("too_few", "(1, 80), and there are 79 class names", 1),
+        ("too_few", "(1, 80), for 79 class names", 1),
         ("pair", "must return (network, class names, image size)", 1),
         ("function", "must return (network, class names, image size)", 1),
         ("no_size", "must return (network, class names, image size)", 1),
