@@ -684,23 +684,25 @@ def label_index(name, names):
 
 
 def own_network(spec):
-    """(Network, class names) from the user's FILE.py:FUNCTION, tried on one image; or Failure."""
+    """(Network, class names) from the user's FILE.py:FUNCTION, after a try; or Failure."""
     path, _, function = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
         network, names, size = runpy.run_path(path)[function]()
         network = network.float().eval()
         names = [str(name) for name in names]
-        image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images[1] = 0
+        images[2] = 1
         with torch.enable_grad():
-            logits = network(image.requires_grad_().clone())
+            logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         text = "FUNCTION() of FILE.py must return (network, class names, image size)"
         raise common.Failure(f"--model {spec}: {problem!r}; {text}") from None
     reason = ""
-    if shape != (1, len(names)):
-        reason = f"its output for one image is {shape}, for {len(names)} class names"
+    if shape != (3, len(names)):
+        reason = f"its output for three images is {shape}, for {len(names)} class names"
     elif not logits.isfinite().all():
         reason = "its output is not finite"
     elif not logits.requires_grad:

@@ -3550,6 +3550,7 @@ frozen = lambda: (Frozen(), NAMES, 16)
 probabilities = lambda: (Probabilities(), NAMES, 16)
 endless = lambda: (Endless(), NAMES, 16)
 broken = lambda: 1 / 0
+leaves = lambda: exit(3)
 pair = lambda: load()[:2]
 function = lambda: ((lambda x: x), NAMES, 16)
 too_few = lambda: (Locked(), NAMES[1:], 16)
@@ -3585,10 +3586,11 @@ def test_a_network_of_ones_own_is_attacked_on_its_photos(own, function):
     [
         ("other", "'other'", 1),
         ("broken", "division by zero", 1),
+        ("leaves", "SystemExit(3)", 1),
         ("endless", "not finite", 1),
         ("frozen", "no gradient", 1),
         ("probabilities", "logits, not probabilities", 1),
-        ("too_few", "(1, 80), for 79 class names", 1),
+        ("too_few", "(3, 80), for 79 class names", 1),
         ("pair", "must return (network, class names, image size)", 1),
         ("function", "must return (network, class names, image size)", 1),
         ("no_size", "must return (network, class names, image size)", 1),
