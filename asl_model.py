@@ -68,6 +68,7 @@ ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
 GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
+HELD_OUT_EVERY = 20  # photos of train2017
 HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 MOST_DIGITS = 5  # in a scene
@@ -132,12 +133,14 @@ def settings(argv=None):
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
-    if args.split and args.dataset == "scenes":
-        p.error("--split goes with --dataset coco")
+    if args.split and (args.dataset == "scenes" or args.train):
+        p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
         p.error("--image-size must be a multiple of 4")
     if args.arch and not (args.train or args.weights or ARCHITECTURES[args.arch].file):
-        p.error(f"no weights of {args.arch} are published; name a file with --weights")
+        p.error(
+            f"--arch {args.arch}: no weights are published; name a file with --weights"
+        )
     if args.out == OUT and not args.train:
         args.out = Path("runs/asl_model_evaluation")  # a training's record stays
     return args
@@ -576,7 +579,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
     coco: `common.Photos` with a label, as in ASL, among the first `limit`; `split` val2017 or
-    train2017, or of the latter held-out, a twelfth, at most 2,000, or train, the others.
+    train2017, or of the latter held-out, every 20th, or train, the others.
     Labels are (N, L) float32 0/1, in the order of `names` if given. Raises Failure if these are not
     the data set's, or if no photo has a label.
     """
@@ -590,8 +593,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         part = "val2017" if split == "val2017" else "train2017"
         photos, labels, known = common.load_coco(data_dir, image_size, limit, part)
         rows = labels.any(1).nonzero()[:, 0]
-        # one in so many, whatever the seed, so that a later training holds out the same photos
-        is_held_out = torch.arange(len(rows)) % max(12, math.ceil(len(rows) / 2000)) == 0
+        # whatever the seed and the limit, so that a later training holds out the same photos
+        is_held_out = torch.arange(len(rows)) % HELD_OUT_EVERY == 0
         if split in ("held-out", "train"):
             rows = rows[is_held_out == (split == "held-out")]
         if len(rows) == 0:
@@ -894,6 +897,9 @@ def main(argv=None):
     numbers = {}
     lines = []
     with common.hold(args.out):
+        if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
+            text = f"--out {args.out} holds a training"
+            raise common.Failure(f"{text}; choose another folder, or add --force", 2)
         if args.train:
             values = {name: vars(args).get(name) for name in Settings._fields}
             if scenes:

@@ -11,7 +11,7 @@ that switches one label and keeps the others.
     python pgd_attack.py --dataset coco --model asl --target person
     python pgd_attack.py --week 5                    or 3; on scenes, or with --dataset coco
     python pgd_attack.py --week 4                    on digits; on photos with --model resnet18
-    python pgd_attack.py --sweep                     success over eps, with four controls
+    python pgd_attack.py --sweep                     success over eps, with two controls
     python pgd_attack.py --dose                      the wrong gradient, activation by activation
     python pgd_attack.py --image photo.jpg --target dog
     torchrun --nproc-per-node 8 pgd_attack.py ...    splits the images across processes
@@ -21,8 +21,10 @@ Writes into --out: results.json, adversarial.npz and figures (PNG).
 
 import argparse
 import contextlib
+import copy
 import datetime
 import difflib
+import io
 import json
 import math
 import os
@@ -68,7 +70,7 @@ def fraction(text):
     """An argparse type: a number above 0 and up to 1, which may be written as 8/255."""
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         value = 0
     if 0 < value <= 1:
         return value
@@ -123,7 +125,7 @@ def settings(argv=None):
 
     if args.model is None:
         args.model = "digits" if args.week == 4 else "asl"
-    args.kind = args.model if args.model in DATASETS else "torchvision"
+    args.kind = args.model if args.model in ("asl", "digits") else "torchvision"
     if ":" in args.model:
         args.kind = "own"
     multi_label = args.kind in ("asl", "own")
@@ -135,15 +137,20 @@ def settings(argv=None):
                 p.error(f"--{flag} needs --model asl, or your own network")
         if args.week in (3, 5):
             p.error(f"--week {args.week} needs --model asl, or your own network")
-    fixed = ["eps"] if args.sweep else []
+    fixed = []
+    if args.sweep:
+        fixed = ["eps", "restarts"]
     if args.week or args.dose:
         fixed = ["loss", "gradient", "eps", "alpha", "steps", "restarts"]
+    if args.loss not in (None, "margin"):
+        fixed += ["restarts"]
     if args.image:
         fixed += ["sweep", "dose", "augment", "limit"]
     if args.kind in ("own", "digits"):
         fixed += ["weights"]
     for flag in fixed:
-        if getattr(args, flag):
+        value = getattr(args, flag)
+        if value is not None and value is not False:
             p.error(f"--{flag} has no effect on this run")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
@@ -156,6 +163,8 @@ def settings(argv=None):
         p.error(f"--dataset: --model {args.model} takes {names}")
     if args.augment and args.dataset != "coco":
         p.error("--augment needs --dataset coco")
+    if args.split != "val2017" and (args.dataset != "coco" or args.image):
+        p.error("--split needs --dataset coco")
 
     target, eps, batch_size = DEFAULTS[args.dataset if multi_label else args.kind]
     if args.dataset == "coco" and (args.week == 5 or args.dose):
@@ -308,6 +317,9 @@ def gradient_error(model, images, directions=4, step=1e-8):
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
     mode and is restored. Returns a float; NaN if the output is random, so that nothing is known.
     """
+    if images.device.type == "mps":  # Apple's GPUs have no float64
+        model = copy.deepcopy(model).cpu()
+        images = images.cpu()
     tensors = []
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
@@ -689,7 +701,9 @@ def own_network(spec):
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
         network, names, size = runpy.run_path(path)[function]()
-        network = network.float().eval()
+        network = network.float().cpu().eval()
+        for weight in network.parameters():
+            weight.requires_grad_(False)
         names = [str(name) for name in names]
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
@@ -721,7 +735,7 @@ def torchvision_network(name, path, data_dir):
     `path`: its state dict; None: the published one. torchvision itself builds the network and
     loads the weights, because that differs between architectures.
     """
-    label_index(name, [*DATASETS, *models.list_models(models)])
+    label_index(name, ["asl", "digits", *models.list_models(models)])
     weights = models.get_model_weights(name).DEFAULT
     file = weights.url.rpartition("/")[2]
     if path is None:
@@ -824,6 +838,8 @@ def load_single_label(args, device):
         description, images, truth = common.load_digits(dataset, args.data, False, limit)
     else:
         network, weights = torchvision_network(args.model, args.weights, args.data)
+        if args.weights:
+            print(f"{args.weights} is not the file that torchvision publishes")
         names = weights.meta["categories"]
         mean = torch.tensor(weights.transforms().mean)
         std = torch.tensor(weights.transforms().std)
@@ -877,8 +893,7 @@ def run_attacks(networks, subject, rows, args, device, rank, world):
     tensors = asl_model.read_batches(subject.images, batches)
     for batch, clean in zip(batches, tensors, strict=True):
         if args.augment:
-            seeds = [hash((args.seed, i)) % 2**63 for i in batch]
-            clean = asl_model.augment(clean, seeds)
+            clean = asl_model.augment(clean, augmentation_seeds(args, batch))
         clean = clean.to(device)
         before = logits_of(networks["clean"], clean)
         images = {"clean": clean}
@@ -906,34 +921,43 @@ def first_gradients(network, images, wanted):
     return gradients.flatten(1)
 
 
-def plot_dose(networks, subject, outcomes, device):
+def plot_dose(networks, subject, outcomes, args, device):
     """A picture of what the attack does, over the number of derivatives skipped: its cosines
     with the right gradient, for up to 64 images, and the labels, beside those after noise.
     Returns (picture, {row: cosine}).
     """
-    places = [*DOSE[:-1], networks["all"].places]
     names = list(networks)[1:-1]  # between "clean" and "noise"
-    images = torch.stack([subject.images[i] for i in range(min(64, len(subject.images)))])
+    places = [networks[name].places for name in names]
+    images = subject.images[:64]
+    if args.augment:
+        images = asl_model.augment(images, augmentation_seeds(args, range(len(images))))
     images = images.to(device)
     wanted = wanted_labels(logits_of(networks["clean"], images), subject.task)
     right = first_gradients(networks["clean"], images, wanted)
     cosines = {}
-    labels = {}
-    for name in (*names, "noise", "clean"):
+    for name in names:
         gradients = first_gradients(networks[name], images, wanted)
         cosines[name] = F.cosine_similarity(right, gradients).mean().item()
-        labels[name] = present(outcomes[name].logits, subject.task.threshold).sum().item()
+    labels = {}
+    for name, outcome in outcomes.items():
+        labels[name] = present(outcome.logits, subject.task.threshold).sum().item()
+    before = max(labels["clean"], 1)
+    ratios = [labels[name] / before for name in names]
+    noise = labels["noise"] / before
     curves = {
-        "labels after / before": (
-            places,
-            [labels[name] / labels["clean"] for name in names],
-        ),
-        "the same, noise": ([0, places[-1]], [labels["noise"] / labels["clean"]] * 2),
-        "cosine with the right gradient": (places, [cosines[name] for name in names]),
+        "labels after / before": (places, ratios),
+        "the same, noise": ([0, places[-1]], [noise, noise]),
+        "cosine with the right gradient": (places, list(cosines.values())),
     }
-    return acwgan.plot(
+    picture = acwgan.plot(
         "ratio or cosine", "activations whose derivative is skipped", curves
-    ), cosines
+    )
+    return picture, cosines
+
+
+def augmentation_seeds(args, rows):
+    """One seed for each row number, the same in every batch."""
+    return [hash((args.seed, row)) % 2**63 for row in rows]
 
 
 # --- figures and tables
@@ -1043,16 +1067,24 @@ def print_photo(network, outcomes, rows, task, device):
         print("these 8-bit pixels do not do what was asked; try a larger --eps")
 
 
+def checked_error(network, image):
+    """`gradient_error` at an image (3, S, S); NaN also if the network can't run in float64."""
+    try:
+        return gradient_error(network, image[None])
+    except (RuntimeError, TypeError):
+        return math.nan
+
+
 def check_gradients(networks, rows, image):
     """Print whether the attacked networks' gradients are right at an image (3, S, S).
 
     Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
     """
-    numbers = {"gradient_error": gradient_error(networks["clean"], image[None])}
+    numbers = {"gradient_error": checked_error(networks["clean"], image)}
     for row in rows:
         if row.gradient == INPLACE_ABN and "places" not in numbers and row.places is None:
             wrong = networks[row.name]
-            numbers["wrong_gradient_error"] = gradient_error(wrong, image[None])
+            numbers["wrong_gradient_error"] = checked_error(wrong, image)
             numbers["places"] = wrong.places
             print(f"{row.name}: it skips the derivatives of {wrong.places} activations")
             if wrong.places == 0:
@@ -1060,7 +1092,7 @@ def check_gradients(networks, rows, image):
     for name, error in numbers.items():
         verdict = "the gradient is right"
         if math.isnan(error):
-            verdict = "WARNING: not checked, as the output is random; is dropout left on?"
+            verdict = "WARNING: not checked, as the output is random or not in float64"
         elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
         if name != "places":
@@ -1089,7 +1121,12 @@ def refuse_other_settings(args):
     if path.exists() and not args.force:
         settings = {name: value for name, value in vars(args).items() if name not in FREE}
         settings = json.loads(json.dumps(settings, default=str))
-        common.require_same(path, json.loads(path.read_bytes())["settings"], settings)
+        try:
+            old = json.loads(path.read_bytes())["settings"]
+        except (ValueError, KeyError, TypeError):
+            text = f"{path} is damaged; choose another --out, or add --force"
+            raise common.Failure(text, 2) from None
+        common.require_same(path, old, settings)
 
 
 def save_arrays(args, subject, outcomes):
@@ -1102,10 +1139,13 @@ def save_arrays(args, subject, outcomes):
         if name != "clean":
             arrays[f"adversarial-{name}"] = outcome.pixels[:n].numpy()
             arrays[f"after-{name}"] = outcome.logits[:n].numpy()
+    arrays["truth"] = np.zeros(0)  # it is not known
     if subject.truth is not None:
         arrays["truth"] = subject.truth[:n].numpy()
+    files = [f"{subject.description} {i}" for i in range(n)]
     if isinstance(subject.images, common.Photos):
-        arrays["files"] = np.array([str(path) for path in subject.images.paths[:n]])
+        files = [str(path) for path in subject.images.paths[:n]]
+    arrays["files"] = np.array(files)
     with common.whole_file(args.out / "adversarial.npz") as file:
         np.savez_compressed(file, **arrays)
 
@@ -1115,7 +1155,9 @@ def attack_images(args, device, rank, world):
     if rank == 0:
         refuse_other_settings(args)
     load = load_multi_label if args.kind in ("asl", "own") else load_single_label
-    subject = load(args, device)
+    quiet = contextlib.redirect_stdout(io.StringIO() if rank > 0 else sys.stdout)
+    with quiet:
+        subject = load(args, device)
     if world > 1 and rank == 0:
         dist.barrier()
     task = subject.task
@@ -1151,7 +1193,7 @@ def attack_images(args, device, rank, world):
     if args.sweep:
         pictures["sweep"] = plot_sweep(record["rows"])
     if args.dose:
-        dose = plot_dose(networks, subject, outcomes, device)
+        dose = plot_dose(networks, subject, outcomes, args, device)
         pictures["dose"], record["cosines"] = dose
     if args.image:
         picture = transforms.functional.to_pil_image(outcomes[rows[-1].name].pixels[0])

@@ -227,6 +227,7 @@ def load_week_1(path, dataset, device=None):
     Raises Failure if they do not fit, or draw other digits than `dataset`, unless that is auto."""
     advice = f"train one with: python acwgan.py --out {path.parent}"
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
+    acwgan.require_finite(path, checkpoint, advice)
     try:
         week_1 = dict(checkpoint["settings"])
         generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
@@ -508,7 +509,9 @@ def load_generator(name, args, made_with, original):
     path = args.out / f"generator-{name}.pt"
     if not path.exists() or (args.force and name in args.variant):
         return None
-    checkpoint = common.load_checkpoint(path, "delete it to train again", "transfer")
+    advice = "delete it to train again"
+    checkpoint = common.load_checkpoint(path, advice, "transfer")
+    acwgan.require_finite(path, checkpoint, advice)
     if args.force and checkpoint["settings"] != made_with:
         return None  # the report leaves it out
     common.require_same(path, checkpoint["settings"], made_with)
