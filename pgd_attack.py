@@ -78,8 +78,8 @@ def fraction(text):
     raise argparse.ArgumentTypeError(text)
 
 
-def settings(argv=None):
-    """The flags, with every default resolved, and `kind`, a key of DATASETS."""
+def flags():
+    """The argparse parser; a default that depends on the run is named in the flag's help."""
     names = ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto")
     about = "images to attack; the default depends on the model"
     p = common.parser(__doc__, None, names, about, "attack only the first N images")
@@ -121,8 +121,13 @@ def settings(argv=None):
         type=common.number(int, 1),
         help="images per batch (16 photos, else 256)",
     )
-    args = p.parse_args(argv)
+    return p
 
+
+def settings(argv=None):
+    """The flags, with every default resolved, and `kind`, a key of DATASETS."""
+    p = flags()
+    args = p.parse_args(argv)
     if args.model is None:
         args.model = "digits" if args.week == 4 else "asl"
     args.kind = args.model if args.model in ("asl", "digits") else "torchvision"
