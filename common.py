@@ -1,8 +1,6 @@
 """What the scripts share: errors, flags, the device, files, records, FID and the data sets."""
 
 import argparse
-import concurrent.futures
-import contextlib
 import csv
 import hashlib
 import io
@@ -17,28 +15,34 @@ import sys
 import time
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.linalg import sqrtm
+from torch import nn
+from torch.backends import cudnn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.datasets import MNIST
 from torchvision.models import inception_v3
 from tqdm import tqdm
 
 START = time.time()
 TIMEOUT = 20  # seconds that a server may stay silent
+OUT_OF_MEMORY = "MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED|bad_alloc"
 
 
 class Failure(Exception):
     """What went wrong, with which file or value, and what to do; `code` is the exit code."""
 
     def __init__(self, message, code=1):
-        line = " ".join(message.split())
-        super().__init__(line[:400])
+        super().__init__(" ".join(message.split())[:400])
         self.code = code
 
 
@@ -58,11 +62,10 @@ def run(main, interrupted="interrupted"):
         line = interrupted
         code = 130
     except (MemoryError, RuntimeError) as problem:
-        shortage = "out of memory|allocate memory|enough memory|ALLOC_FAILED|bad_alloc"
-        if isinstance(problem, RuntimeError) and not re.search(shortage, str(problem)):
+        if not re.search(OUT_OF_MEMORY, repr(problem)):
             raise
         line = "not enough memory; lower --batch-size, or use --device cpu"
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -70,16 +73,17 @@ class HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
     def _get_help_string(self, action):
-        has_default = action.default is not None and action.nargs != 0
-        return super()._get_help_string(action) if has_default else action.help
+        if action.default is None or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def number(kind, least, most=np.inf):
-    """An argparse type: a finite int or float (`kind`) from `least` to `most`."""
+def number(kind, least, most=1_000_000_000):
+    """An argparse type: an int or a float (`kind`) from `least` to `most`."""
 
     def number(text):
         value = kind(text)
-        if least <= value <= most and np.isfinite(value):
+        if least <= value <= most:
             return value
         raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
 
@@ -89,23 +93,25 @@ def number(kind, least, most=np.inf):
 def parser(description, out, datasets, dataset_help, limit_help):
     """An argparse parser with the flags of every script; the first data set is the default."""
     p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    p.add_argument("--data", default="data", help="folder of data sets and weights")
-    p.add_argument("--out", type=Path, default=out, help="folder that this run writes to")
-    p.add_argument("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
-    p.add_argument("--limit", type=number(int, 1), metavar="N", help=limit_help)
-    seed = number(int, 0, 2**32)
-    p.add_argument("--seed", type=seed, default=0, help="seed of all random numbers")
+    add = p.add_argument
     devices = ("auto", "cpu", "cuda", "mps")
-    p.add_argument("--device", choices=devices, default="auto", help="where networks run")
-    p.add_argument("--force", action="store_true", help="overwrite other settings' files")
+    add("--data", default="data", help="folder of data sets and weights")
+    add("--out", type=Path, default=out, help="folder that this run writes to")
+    add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
+    add("--limit", type=number(int, 1), metavar="N", help=limit_help)
+    add(
+        "--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers"
+    )
+    add("--device", choices=devices, default="auto", help="where networks run")
+    add("--force", action="store_true", help="overwrite other settings' files")
     return p
 
 
 def pick_device(name):
     """The torch.device for `--device`; "auto" is a GPU where there is one, else the CPU."""
     torch.set_flush_denormal(True)  # weight averages decay into denormals, which are slow
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    cudnn.deterministic = True
+    cudnn.allow_tf32 = False  # float32 means float32
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cpu":
@@ -129,12 +135,11 @@ def progress(*args, **kwargs):
     """A tqdm bar; where stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
         line = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}\n"
-        rarely = {"bar_format": line, "mininterval": 30, "maxinterval": 60, "delay": 30}
-        kwargs = {**rarely, **kwargs}
+        kwargs.update(bar_format=line, mininterval=30, maxinterval=60, delay=30)
     return tqdm(*args, leave=False, ncols=100, **kwargs)
 
 
-@contextlib.contextmanager
+@contextmanager
 def hold(folder):
     """Create the output folder and keep other runs out of it; raises Failure if one is at work."""
     try:
@@ -142,14 +147,15 @@ def hold(folder):
         # the operating system releases a database's lock, however this process ends
         lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error) as problem:
-        text = f"--out {folder} is in use by another run, or read-only ({problem})"
-        raise Failure(f"{text}; choose another folder") from None
-    with contextlib.closing(lock):
+    except (OSError, sqlite3.Error):
+        raise Failure(
+            f"--out {folder} is in use by another run, or read-only; choose another"
+        ) from None
+    with closing(lock):
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path):
     """Open a binary file that takes the name `path` only once it has been written completely."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -157,7 +163,7 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as file:
             yield file
-        os.replace(draft, path)
+        draft.replace(path)
     except (OSError, RuntimeError) as problem:  # the latter by torch.save
         raise Failure(f"{path} was not written ({problem}); is the disk full?") from None
     finally:
@@ -174,11 +180,9 @@ def load_checkpoint(path, advice, kind=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds
         blocked = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = f"is absent, damaged, or no torch file ({type(problem).__name__})"
+        reason = "is absent, damaged, or no torch file"
         if blocked:
-            reason = (
-                f"holds a {blocked[1]}, which could run code; save its state dict alone"
-            )
+            reason = f"holds a {blocked[1]}, an unsafe type; save its state dict alone"
         raise Failure(f"{path} {reason}; {advice}") from None
     if not isinstance(content, dict) or kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
@@ -189,8 +193,8 @@ def require_same(path, old, new):
     """Raise Failure if `path` was made with `old` settings that differ from the `new` ones."""
     for name, value in new.items():
         if old.get(name) != value:
-            text = f"{path} was made with {name} {old.get(name)}, not {value}"
-            raise Failure(f"{text}; choose another --out, or add --force", 2)
+            reason = f"was made with {name} {old.get(name)}, not {value}"
+            raise Failure(f"{path} {reason}; choose another --out, or add --force", 2)
 
 
 def wilson(hits, n):
@@ -198,9 +202,7 @@ def wilson(hits, n):
     if n == 0:
         return None
     test = scipy.stats.binomtest(int(hits), int(n))
-    interval = test.proportion_ci(method="wilson")
-    low = float(interval.low)
-    high = float(interval.high)
+    low, high = map(float, test.proportion_ci(method="wilson"))
     return {"rate": test.statistic, "low": low, "high": high, "n": test.n}
 
 
@@ -214,11 +216,10 @@ def cell(value):
 
 
 def print_table(head, rows):
-    """Print a table whose first column is aligned to the left, the others to the right."""
+    """Print a table of `cell` texts, its columns aligned to the left."""
     cells = np.array([[cell(value) for value in row] for row in [head, *rows]])
     widths = np.strings.str_len(cells).max(0)
-    cells[:, :1] = np.strings.ljust(cells[:, :1], widths[:1])
-    for row in np.strings.rjust(cells, widths):
+    for row in np.strings.ljust(cells, widths):
         print("  ".join(row))
 
 
@@ -232,22 +233,19 @@ def write_csv(path, rows):
 
 def write_results(args, numbers, **facts):
     """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
-    command = ["python", *sys.argv]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    if processes:
-        command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
-    here = os.path.dirname(__file__)
-    describe = f"git -C {shlex.quote(here)} describe --always --dirty"
-    status, git = subprocess.getstatusoutput(describe)
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    folder = shlex.quote(os.path.dirname(__file__))
+    failed, git = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
     record = {
-        "command": shlex.join(command),
+        "command": shlex.join(launcher + sys.argv),
         "settings": vars(args),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "seconds": round(time.time() - START, 1),
-        "git": git if status == 0 else None,
+        "git": None if failed else git,
         **facts,
         **numbers,
     }
@@ -257,10 +255,7 @@ def write_results(args, numbers, **facts):
 
 
 def download(url, path, sha256=""):
-    """Fetch `url` to `path`, unless it is there, whole or not at all; raises Failure.
-
-    `sha256` is how the content's hash, in hexadecimal, must begin.
-    """
+    """Fetch `url`, whose SHA-256 begins with `sha256`, to `path` unless it is there; or Failure."""
     if path.exists():
         return path
     try:
@@ -269,9 +264,9 @@ def download(url, path, sha256=""):
             megabytes = (answer.length or 0) / 2**20
             content = b"".join(progress(blocks, path.name, megabytes, delay=5))
         if answer.length or not hashlib.sha256(content).hexdigest().startswith(sha256):
-            raise OSError(f"the {len(content)} bytes that came are not the whole file")
+            raise OSError("not the whole file, or another one")
     except Exception as problem:  # urllib raises many kinds
-        raise Failure(f"{url} did not come: {problem}; put that file at {path}") from None
+        raise Failure(f"{url}: {problem}; put that file at {path} yourself") from None
     with whole_file(path) as file:
         file.write(content)
     return path
@@ -283,21 +278,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     Means (D,) and covariances (D, D), computed in float64; FID is this distance in Inception's
     features (Heusel et al. 2017, arXiv 1706.08500). ValueError for other shapes or NaN.
     """
-    means = np.asarray_chkfinite([mu1, mu2], np.float64)
-    sigmas = np.asarray_chkfinite([sigma1, sigma2], np.float64)
+    means = np.asarray_chkfinite([mu1, mu2], float)
+    sigmas = np.asarray_chkfinite([sigma1, sigma2], float)
     if means.shape != sigmas.shape[:2]:
-        raise ValueError(f"(D,) and (D, D)? Got {means.shape}, {sigmas.shape}")
+        raise ValueError("a mean must be (D,), and its covariance (D, D)")
     values, vectors = np.linalg.eigh(sigmas)
-    if (values[:, 0] > 1e-12 * values[:, -1]).all():
-        cross = np.trace(scipy.linalg.sqrtm(sigmas[0] @ sigmas[1])).real
+    values[values < 1e-12 * values.max(1, keepdims=True)] = 0  # what rounding left of 0
+    if values.all():
+        cross = np.trace(sqrtm(sigmas[0] @ sigmas[1])).real
     else:
         # sqrtm is slow and inexact where a covariance is singular, as it is with fewer samples
         # than D; with S = F F^T, the trace is the nuclear norm of F1^T F2
-        rounding = values[:, -1:] * len(mu1) * np.finfo(float).eps
-        values[values < rounding] = 0
         factors = vectors * np.sqrt(values)[:, None]
         cross = np.linalg.norm(factors[0].T @ factors[1], "nuc")
-    return float(np.square(means[0] - means[1]).sum() + values.sum() - 2 * cross)
+    shift = means[0] - means[1]
+    return float(shift @ shift + values.sum() - 2 * cross)
 
 
 def frechet_distance_torch(x, y):
@@ -305,37 +300,30 @@ def frechet_distance_torch(x, y):
 
     With centred features A, B over sqrt(n - 1), tr sqrt(S1 S2) is the nuclear norm of A B^T (N, M):
     exact also when N < D. Its gradient is the polar factor U V^T (Watson 1992); autograd through
-    an SVD would divide by differences of singular values. ValueError for other shapes or NaN.
+    an SVD would divide by differences of singular values. ValueError for NaN, or N or M below 2.
     """
-    fit = x.ndim == 2 and x.shape[1:] == y.shape[1:] and min(len(x), len(y)) > 1
-    if not fit or not torch.cat([x, y]).isfinite().all():
-        raise ValueError(
-            "features must be finite, (N, D) and (M, D), with N and M above 1"
-        )
-    dtype = x.dtype
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    x = x.to(exact)
-    y = y.to(exact)
-    a = (x - x.mean(0)) / (len(x) - 1) ** 0.5
-    b = (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    features = x.to(exact)
+    others = y.detach().to(exact)
+    a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
+    b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
+    if not torch.cat([a, b]).isfinite().all():
+        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     with torch.no_grad():
-        qa, ra = torch.linalg.qr(a)  # QR shrinks A B^T to (D, D) at most
-        qb, rb = torch.linalg.qr(b)
+        q, ra = torch.linalg.qr(a)  # QR shrinks A B^T to (D, D) at most
+        rb = torch.linalg.qr(b).R
         u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
         # a direction of singular value 0 has no polar factor
         rank = (s > s[0] * max(len(ra), len(rb)) * torch.finfo(exact).eps).sum()
-        polar = u[:, :rank] @ vh[:rank]
-        grad_a = qa @ polar @ rb
-        grad_b = qb @ polar.T @ ra
-    # the value of s.sum(), with the gradient of the nuclear norm
-    cross = (a * grad_a).sum() + (b * grad_b).sum() - s.sum()
-    means = (x.mean(0) - y.mean(0)).square().sum()
-    return (means + a.square().sum() + b.square().sum() - 2 * cross).to(dtype)
+        gradient = q @ (u[:, :rank] @ vh[:rank]) @ rb
+    cross = (a * gradient).sum()  # the nuclear norm, and its gradient
+    shift = features.mean(0) - others.mean(0)
+    traces = a.square().sum() + b.square().sum()
+    return (shift.square().sum() + traces - 2 * cross).to(x.dtype)
 
 
-INCEPTION = (
-    "pt_inception-2015-12-05-6726825d.pth"  # the name ends in the start of its SHA-256
-)
+# the name ends in the start of the file's SHA-256
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 )
@@ -346,33 +334,34 @@ def inception_features(images, weights=None, device="cpu"):
 
     The network is TensorFlow's Inception v3: torchvision's with 1,008 outputs, average pooling that
     does not count the padding, and max pooling in the last block. `weights` is the path of
-    INCEPTION, downloaded to data/ if None. Raises Failure for another network's weights.
+    INCEPTION, downloaded to data/ if None. Raises Failure for another network's weights, or NaN.
     """
     images = torch.as_tensor(images)
-    fit = images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
-    if not (fit and 0 <= images.min() <= images.max() <= 1):
-        raise ValueError(f"(N, 1 or 3, H, W) in [0, 1]? Got {tuple(images.shape)}")
+    if not 0 <= images.min() <= images.max() <= 1:
+        raise ValueError("images must be in [0, 1]")
     if weights is None:
         weights = download(INCEPTION_URL, Path("data", INCEPTION), INCEPTION[-12:-4])
+    state = load_checkpoint(weights, f"put {INCEPTION_URL} there")
     network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     try:
-        network.load_state_dict(load_checkpoint(weights, f"put {INCEPTION_URL} there"))
+        network.load_state_dict(state)
+        if not all(weight.isfinite().all() for weight in state.values()):
+            raise RuntimeError("it holds NaN or infinity")
     except RuntimeError as problem:
         raise Failure(f"{weights} is not {INCEPTION_URL}: {problem}") from None
-    network = torch.fx.symbolic_trace(network.eval())
+    network.fc = nn.Identity()
+    network.eval().to(device)
+    network = torch.fx.symbolic_trace(network)
     pools = network.graph.find_nodes(op="call_function", target=F.avg_pool2d)
-    for pool in pools:
+    for pool in pools[:-1]:
         pool.update_kwarg("count_include_pad", False)
     pools[-1].target = F.max_pool2d
-    pools[-1].kwargs = {"kernel_size": 3, "stride": 1, "padding": 1}
     network.recompile()
-    network.fc = torch.nn.Identity()
-    network.to(device)
     features = []
     with torch.inference_mode():
         for part in progress(images.split(50), "Inception"):
             part = part.to(device, torch.float32).expand(-1, 3, -1, -1)
-            part = F.interpolate(part, (299, 299), mode="bilinear", align_corners=False)
+            part = F.interpolate(part, 299, mode="bilinear")
             features.append(network(2 * part - 1).cpu())
     return torch.cat(features).numpy()
 
@@ -384,14 +373,13 @@ def load_mnist(data_dir, train=True):
     """
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
     try:
-        digits = torchvision.datasets.MNIST(data_dir, train, download=True)
-        if digits.data.shape != (len(digits.targets), 28, 28) or digits.targets.max() > 9:
-            raise ValueError("they do not hold digits of 28 x 28 pixels and their labels")
+        digits = MNIST(data_dir, train, download=True)
     except Exception as problem:  # torchvision raises many kinds
-        files = f"{data_dir}/MNIST/raw/{'train' if train else 't10k'}-*-ubyte"
-        text = f"{files}: {problem}; delete them, or use --dataset glyphs"
-        raise Failure(text) from None
-    return digits.data.unsqueeze(1).float() / 255, digits.targets
+        raise Failure(
+            f"{data_dir}/MNIST/raw is absent or damaged ({problem!r}); "
+            "delete it, or use --dataset glyphs"
+        ) from None
+    return digits.data[:, None] / 255, digits.targets
 
 
 def glyphs(n, seed=0):
@@ -407,8 +395,9 @@ def glyphs(n, seed=0):
         for i in progress(range(n), "drawing digits"):
             canvas = Image.new("L", (56, 56))
             stroke = int(torch.randint(4, ()))
-            draw = ImageDraw.Draw(canvas)
-            draw.text((28, 28), str(i % 10), 255, font, "mm", stroke_width=stroke)
+            ImageDraw.Draw(canvas).text(
+                (28, 28), str(i % 10), 255, font, anchor="mm", stroke_width=stroke
+            )
             images[i, 0] = move(canvas).reduce(2)
     return torch.from_numpy(images) / 255, torch.arange(n) % 10
 
@@ -424,12 +413,11 @@ def load_digits(name, data_dir, train=True, limit=None):
                 raise
             warning = "GLYPHS are drawn instead: no number is a result on MNIST."
             print("WARNING " * 12, problem, warning, sep="\n", file=sys.stderr)
-    if train:
-        return "glyphs", *glyphs(limit or 60_000, seed=0)
-    return "glyphs", *glyphs(limit or 10_000, seed=1)
+    size = 60_000 if train else 10_000
+    return "glyphs", *glyphs(limit or size, seed=0 if train else 1)
 
 
-class Photos(torch.utils.data.Dataset):
+class Photos(Dataset):
     """Photos read when asked for: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
 
     Each is turned as its EXIF says, laid on white where transparent, and made a tensor by
@@ -437,9 +425,8 @@ class Photos(torch.utils.data.Dataset):
     """
 
     def __init__(self, paths, image_size, transform=None):
-        self.paths = list(paths)
-        self.image_size = image_size
         squash = transforms.Resize((image_size, image_size))
+        self.paths = paths
         self.transform = transform or transforms.Compose([squash, transforms.ToTensor()])
 
     def __len__(self):
@@ -471,33 +458,30 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
     classes present, and the L names in ascending category id order; raises Failure.
     """
     folder = Path(data_dir, "coco")
-    path = folder / "annotations" / f"instances_{split}.json"
-    packed = path.with_name("annotations_trainval2017.zip")
-    if not path.exists():  # all annotations come in one file of 241 MB
-        download(f"{COCO_URL}annotations/{packed.name}", packed)
+    name = f"annotations/instances_{split}.json"
+    path = folder / name
     try:
         if path.exists():
             text = path.read_bytes()
-        else:
-            text = zipfile.ZipFile(packed).read(f"annotations/{path.name}")
+        else:  # all annotations come in one file of 241 MB
+            path = folder / "annotations/annotations_trainval2017.zip"
+            download(f"{COCO_URL}annotations/{path.name}", path)
+            text = zipfile.ZipFile(path).read(name)
         content = json.loads(text)
+        files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
+        names = dict(sorted((row["id"], row["name"]) for row in content["categories"]))
+        classes = list(names)
+        labels = torch.zeros(len(files), len(classes))
+        row_of = dict(zip(files, labels, strict=True))
+        for note in content["annotations"]:
+            row_of[note["image_id"]][classes.index(note["category_id"])] = 1
         # a name's folders are dropped: no photo may be written elsewhere
-        files = {
-            image["id"]: Path(image["file_name"]).name for image in content["images"]
-        }
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        if not 0 < len(set(files.values())) == len(content["images"]):
-            raise ValueError("it has no photo, or one twice")
-        classes = sorted(names)
-        labels = {image: torch.zeros(len(classes)) for image in sorted(files)}
-        for annotation in content["annotations"]:
-            labels[annotation["image_id"]][classes.index(annotation["category_id"])] = 1
+        paths = [folder / split / Path(file).name for file in files.values()][:limit]
+    except Failure:
+        raise
     except Exception as problem:  # of as many kinds as there are damages
-        text = f"{path} is not COCO's ({problem!r}); delete it and {packed.name}"
-        raise Failure(text) from None
-    paths = [folder / split / files[image] for image in labels][:limit]
+        raise Failure(f"{path} is not COCO's ({problem!r}); delete it") from None
     urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         list(progress(pool.map(download, urls, paths), "photos", len(paths)))
-    rows = torch.stack(list(labels.values()))
-    return Photos(paths, image_size), rows[:limit], [names[key] for key in classes]
+    return Photos(paths, image_size), labels[:limit], list(names.values())
