@@ -3,7 +3,6 @@
 TEST_SEED=3 pytest test_all.py    shifts every seed of the tests: their promises hold for any.
 """
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -21,7 +20,6 @@ import struct
 import subprocess
 import sys
 import threading
-import urllib.error
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +27,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import scipy
 import torch
 import torchvision
 from PIL import Image, ImageColor
@@ -93,13 +90,13 @@ def data(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("data")
     raw = folder / "MNIST" / "raw"
-    coco = folder / "coco"
-    for part in (raw, coco / "annotations", coco / "train2017", coco / "val2017"):
-        part.mkdir(parents=True)
+    raw.mkdir(parents=True)
     for part, n in {"train": 40, "t10k": 20}.items():
         digits = np.random.default_rng(n).integers(0, 256, (n, 28, 28))
-        arrays = {"images-idx3": digits, "labels-idx1": np.arange(n) % 10}
-        for name, array in arrays.items():
+        for name, array in {
+            "images-idx3": digits,
+            "labels-idx1": np.arange(n) % 10,
+        }.items():
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             content = header + array.astype(np.uint8).tobytes()
             (raw / f"{part}-{name}-ubyte").write_bytes(content)
@@ -107,7 +104,10 @@ def data(tmp_path_factory):
     categories = [{"id": i, "name": f"name {i}"} for i in ids]
     colours = ["red", "lime", "blue", "black"]
     classes = [[60], [2, 90, 90], [80], []]
+    coco = folder / "coco"
+    (coco / "annotations").mkdir(parents=True)
     for split, n in {"train2017": 16, "val2017": 4}.items():
+        (coco / split).mkdir()
         content = {"categories": categories, "images": [], "annotations": []}
         for i in reversed(range(n)):
             content["images"].append({"id": i, "file_name": f"{i}.png"})
@@ -135,9 +135,8 @@ def no_network(monkeypatch):
     [
         (common.Failure("no label\n 'cat'" + 999 * ".", 2), 2, "error: no label 'cat'"),
         (OSError(28, "No space left on device"), 1, "No space left"),
-        (urllib.error.HTTPError(NOWHERE, 404, "Not Found", {}, None), 1, "Not Found"),
-        (KeyboardInterrupt(), 130, "go on with --resume"),
-        (MemoryError("Unable to allocate 728. TiB for an array"), 1, "--batch-size"),
+        (KeyboardInterrupt(), 130, "continue with --resume"),
+        (MemoryError(), 1, "--batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "--batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "--batch-size"),
@@ -145,19 +144,16 @@ def no_network(monkeypatch):
 )
 def test_an_error_ends_in_one_short_line_and_its_code(capsys, problem, code, words):
     with pytest.raises(SystemExit) as caught:
-        common.run(Mock(side_effect=problem), "go on with --resume")
+        common.run(Mock(side_effect=problem), "continue with --resume")
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == code
     assert words in line
     assert len(line) < 450
 
 
-@pytest.mark.parametrize(
-    "text", ["shapes differ", "CUDA error: an illegal memory access"]
-)
-def test_a_bug_keeps_its_traceback(text):
-    with pytest.raises(RuntimeError, match=text):
-        common.run(Mock(side_effect=RuntimeError(text)))
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        common.run(Mock(side_effect=RuntimeError("an illegal memory access")))
 
 
 def test_a_letter_that_stdout_cannot_show_ends_no_run(monkeypatch):
@@ -174,19 +170,10 @@ def a_parser():
     return p
 
 
-@pytest.mark.parametrize("seed", [0, 20240101, 2**32])
-def test_any_seed_is_accepted_and_seeds_every_generator(seed):
-    seed = a_parser().parse_args(["--seed", str(seed)]).seed
-    torch.manual_seed(seed)
-    np.random.default_rng(seed)
-    common.glyphs(1, seed)
+BAD_FLAGS = "--limit 0, --limit 1.5, --seed 4294967297, --eps nan, --eps inf, --eps -1"
 
 
-BAD_FLAGS = """--limit 0, --limit -1, --limit 1.5, --limit x, --seed -1, --seed 4294967297,
---eps nan, --eps inf, --eps -1, --eps x, --dataset cifar, --device tpu"""
-
-
-@pytest.mark.parametrize("flags", re.split(r",\s", BAD_FLAGS))
+@pytest.mark.parametrize("flags", BAD_FLAGS.split(", "))
 def test_a_bad_flag_is_named_with_its_value(capsys, flags):
     with pytest.raises(SystemExit, match="2"):
         a_parser().parse_args(flags.split())
@@ -200,42 +187,30 @@ def test_help_shows_every_default_but_none_and_false():
     assert defaults == ["data", "runs/x", "mnist", "0", "auto", "0.0"]
 
 
-def pick(monkeypatch, name, gpus, rank):
-    """The device for `name` in process `rank` of a machine with so many CUDA devices."""
-    gpu = torch.device("cuda") if gpus else None
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda check_available: gpu
-    )
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", Mock())
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
-    return str(common.pick_device(name))
-
-
 def test_each_process_has_a_device_of_its_own_or_is_refused(monkeypatch):
-    assert pick(monkeypatch, "auto", gpus=0, rank=3) == "cpu"
-    assert pick(monkeypatch, "auto", gpus=1, rank=0) == "cuda:0"
-    assert pick(monkeypatch, "cuda", gpus=2, rank=1) == "cuda:1"
-    torch.cuda.set_device.assert_called_once_with(1)
-    for name, gpus in {"cuda": 1, "auto": 1, "mps": 0}.items():
-        with refused("--device", "process 1", "--device cpu", code=2):
-            pick(monkeypatch, name, gpus, rank=1)
-
-
-def test_float32_means_float32_on_every_device(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    common.pick_device("cpu")
+    for gpus in (0, 1, 2):
+        found = torch.device("cuda") if gpus else None
+        current = Mock(return_value=found)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+        monkeypatch.setattr(torch.cuda, "device_count", Mock(return_value=gpus))
+        monkeypatch.setattr(torch.cuda, "set_device", Mock())
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        if gpus == 2:
+            assert common.pick_device("cuda") == torch.device("cuda", 1)
+            torch.cuda.set_device.assert_called_once_with(1)
+        else:
+            with refused("--device cuda", "process 1", "--device cpu", code=2):
+                common.pick_device("cuda")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert common.pick_device("auto").type == ("cuda" if gpus else "cpu")
     assert not torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(
-        "tqdm.std.time", Mock(side_effect=range(10**6))
-    )  # a look takes a second
+    clock = Mock(side_effect=range(10**6))  # a look takes a second
+    monkeypatch.setattr("tqdm.std.time", clock)
     bar = common.progress(range(100), "training", miniters=1)
     for _ in bar:
         bar.set_postfix(critic=0.12, generator=0.34, refresh=False)
@@ -259,29 +234,17 @@ def test_a_second_run_in_one_folder_ends_in_one_line(tmp_path):
         pass
 
 
-def test_a_file_takes_its_name_once_it_is_complete(tmp_path):
-    path = tmp_path / "new" / "file"
+@pytest.mark.parametrize("problem", [RuntimeError("unexpected pos"), OSError(28, "full")])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, problem):
+    path = tmp_path / "new" / "checkpoint.pt"
     with common.whole_file(path) as file:
-        file.write(b"whole")
+        file.write(b"old")
         assert not path.exists()
-    assert path.read_bytes() == b"whole"
-    assert os.listdir(path.parent) == ["file"]
-
-
-FULL_DISK = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
-
-
-@pytest.mark.parametrize(
-    "problem", [RuntimeError(FULL_DISK), OSError(28, "No space left")]
-)
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, problem):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"old")
     with refused(path, problem, "disk"), common.whole_file(path) as file:
         file.write(b"ne")
         raise problem
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert os.listdir(path.parent) == ["checkpoint.pt"]
 
 
 class Hostile:
@@ -291,32 +254,28 @@ class Hostile:
         return os.mkdir, ("owned",)
 
 
-@pytest.mark.parametrize("name", ["hostile", "tensor", "half", "absent", "other kind"])
-def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, name):
+def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = {"kind": "acwgan", "settings": {"seed": 0}, "losses": [0.5]}
-    contents = {"hostile": Hostile(), "tensor": torch.zeros(3, 3)}
-    path = tmp_path / name
-    torch.save(contents.get(name, content), path)
-    if name == "half":
-        path.write_bytes(path.read_bytes()[:300])
-    if name == "absent":
-        path.unlink()
-    if name == "other kind":
-        assert common.load_checkpoint(path, "", "acwgan") == content
+    path = tmp_path / "x.pt"
     with refused(path, "; train it again"):
+        common.load_checkpoint(path, "train it again")
+    content = {"kind": "acwgan", "settings": {"seed": 0}, "losses": [0.5]}
+    torch.save(content, path)
+    assert common.load_checkpoint(path, "", "acwgan") == content
+    with refused(path, "a checkpoint of transfer; train it again"):
         common.load_checkpoint(path, "train it again", "transfer")
+    path.write_bytes(path.read_bytes()[:300])
+    with refused(path, "damaged", "; train it again"):
+        common.load_checkpoint(path, "train it again")
+    for unsafe in (Hostile(), np.float64(0.5)):
+        torch.save({"state_dict": {}, "args": unsafe}, path)
+        name = os.mkdir.__module__ if isinstance(unsafe, Hostile) else "numpy"
+        with refused(path, f"holds a {name}", "state dict alone; train it again"):
+            common.load_checkpoint(path, "train it again")
     assert not Path("owned").exists()
-
-
-@pytest.mark.parametrize("value", [argparse.Namespace(lr=1), np.float64(0.5)])
-def test_a_type_that_may_not_be_loaded_is_named(tmp_path, value):
-    torch.save({"state_dict": {"weight": torch.zeros(2)}, "args": value}, tmp_path / "x")
-    name = type(value).__module__
-    with refused(
-        tmp_path / "x", f"holds a {name}", "save its state dict alone", "; advice"
-    ):
-        common.load_checkpoint(tmp_path / "x", "advice")
+    torch.save(torch.zeros(3), path)
+    with refused(path, "a network; train it again"):
+        common.load_checkpoint(path, "train it again")
 
 
 def test_other_settings_are_named_with_out_and_force(tmp_path):
@@ -337,79 +296,45 @@ def test_wilsons_bounds_are_those_of_the_score_test(hits, n):
         assert hits / n - p == pytest.approx(deviation, abs=1e-6)
 
 
-def test_a_table_is_aligned_and_shows_rates_with_intervals(capsys):
+def test_a_table_shows_rates_with_intervals_and_a_csv_file_every_digit(tmp_path, capsys):
     rows = [["none", common.wilson(0, 0), 3], ["pgd", common.wilson(5, 10), 0.123456]]
     common.print_table(["attack", "rate", "L2"], rows)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "attack                  rate      L2"
-    assert lines[1] == "none                       -       3"
+    assert lines[0] == "attack  rate                  L2    "
+    assert lines[1] == "none    -                     3     "
     assert lines[2] == "pgd     50.0% [23.7%, 76.3%]  0.1235"
-
-
-def test_a_csv_file_reads_back_to_the_last_digit(tmp_path):
-    common.write_csv(
-        tmp_path / "x.csv", [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": -1}]
-    )
+    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": -1}]
+    common.write_csv(tmp_path / "x.csv", rows)
     lines = (tmp_path / "x.csv").read_text().splitlines()
     assert lines == ["step,loss", "1,0.30000000000000004", "2,-1"]
 
 
-def recorded(folder):
-    """The results.json of a run, read back."""
-    args = a_parser().parse_args(["--seed", "1", "--out", str(folder)])
-    record = common.write_results(args, {"rate": 0.5}, dataset="glyphs")
-    written = json.loads((folder / "results.json").read_text())
-    assert written == json.loads(json.dumps(record, default=str))
-    return written
-
-
-def test_a_record_holds_settings_facts_numbers_and_versions(tmp_path):
-    record = recorded(tmp_path)
-    assert record["settings"]["seed"] == 1
-    assert record["dataset"] == "glyphs"
-    assert record["rate"] == 0.5
-    assert record["torch"] == torch.__version__
-
-
 @pytest.mark.parametrize("start", ["python", "torchrun --nproc-per-node 4"])
-def test_the_recorded_command_can_be_pasted(tmp_path, monkeypatch, start):
+def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch, start):
     command = ["pgd_attack.py", "--target", "dining table", "--out", "runs/it's"]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if start != "python":
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert shlex.split(recorded(tmp_path)["command"]) == start.split() + command
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_a_record_names_the_revision_of_its_code(tmp_path, monkeypatch):
-    folder = tmp_path / "it's"  # no shell may stumble over the name
-    monkeypatch.setattr(common, "__file__", str(folder / "common.py"))
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
-    git = ["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x"]
-    git += ["-c", "commit.gpgsign=false"]
-    subprocess.run(["git", "init", "-q", folder], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
-    revision = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
-    assert revision.startswith(recorded(tmp_path)["git"])
-
-
-@pytest.mark.parametrize("missing", ["git", "checkout"])
-def test_a_record_needs_no_git(tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    if missing == "git":
-        monkeypatch.setenv("PATH", str(tmp_path))
-    assert recorded(tmp_path)["git"] is None
-
-
-def test_no_home_folder_is_needed(tmp_path):
-    command = [sys.executable, "-c", "import common; print(len(common.glyphs(3)[0]))"]
-    environment = {**os.environ, "HOME": os.devnull, "PYTHONPATH": str(HERE)}
-    answer = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
-    assert answer == "3\n"
-    assert os.listdir(tmp_path) == []
+    code = tmp_path / "it's"  # no shell may stumble over the name
+    monkeypatch.setattr(common, "__file__", str(code / "common.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    args = a_parser().parse_args(["--seed", "1", "--out", str(tmp_path)])
+    record = common.write_results(args, {"rate": 0.5}, dataset="glyphs")
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written == json.loads(json.dumps(record, default=str))
+    assert shlex.split(written["command"]) == start.split() + command
+    assert written["settings"]["seed"] == 1
+    assert written["dataset"] == "glyphs"
+    assert written["rate"] == 0.5
+    assert written["git"] is None
+    if shutil.which("git"):
+        git = ["git", "-C", str(code)]
+        subprocess.run(["git", "init", "-q", code], check=True)
+        empty = "-c user.name=x -c user.email=x -c commit.gpgsign=false commit -q --allow-empty"
+        subprocess.run([*git, *empty.split(), "-m", "x"], check=True)
+        revision = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+        assert revision.startswith(common.write_results(args, {})["git"])
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -438,27 +363,19 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-SHA256 = "ed7002b4"  # how the SHA-256 of "content" begins
-
-
-@pytest.mark.parametrize("name", ["file", "open"])
-def test_a_download_is_the_whole_file_and_made_once(server, tmp_path, name):
-    path = tmp_path / "new" / "file"
-    assert common.download(common.COCO_URL + name, path, SHA256) == path
-    assert common.download(NOWHERE, path) == path
-    assert path.read_text() == "content"
-    assert os.listdir(path.parent) == ["file"]
-
-
-@pytest.mark.parametrize(
-    "case", ["file 00", "open 00", f"short {SHA256}", "absent e", "a b e"]
-)
-def test_a_download_of_half_or_another_file_leaves_nothing(server, tmp_path, case):
-    name, sha256 = case.rsplit(maxsplit=1)
-    path = tmp_path / "new" / "file"
-    with refused(common.COCO_URL + name, f"put that file at {path}"):
-        common.download(common.COCO_URL + name, path, sha256)
-    assert list(tmp_path.glob("new/*")) == []
+def test_a_download_is_the_whole_file_or_leaves_nothing(server, tmp_path):
+    sha256 = "ed7002b4"  # how the SHA-256 of "content" begins
+    for name in ("file", "open"):
+        path = tmp_path / name / "x"
+        assert common.download(common.COCO_URL + name, path, sha256) == path
+        assert common.download(NOWHERE, path) == path  # which is there
+        assert path.read_text() == "content"
+        assert os.listdir(path.parent) == ["x"]
+    path = tmp_path / "new" / "x"
+    for name, begin in {"file": "00", "short": sha256, "absent": ""}.items():
+        with refused(common.COCO_URL + name, f"put that file at {path}"):
+            common.download(common.COCO_URL + name, path, begin)
+        assert not path.parent.exists()
 
 
 def test_a_server_that_stays_silent_is_given_up(tmp_path, monkeypatch):
@@ -486,49 +403,23 @@ def test_frechet_distance_is_its_closed_form(zeros):
     assert ours == pytest.approx(closed, rel=1e-9)
 
 
-def test_frechet_distance_is_the_formula_with_scipys_sqrtm():
-    rng = np.random.default_rng(SEED)
-    mu1, sigma1 = moments(rng.normal(size=(50, 8)))
-    mu2, sigma2 = moments(rng.normal(size=(60, 8)) * rng.uniform(0.1, 3, 8) + 1)
-    trace = np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
-    truth = np.square(mu1 - mu2).sum() + trace
-    assert common.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(
-        truth, rel=1e-9
-    )
-
-
-@pytest.fixture(params=[(6, 7, 12), (20, 15, 5), (4, 30, 9), (2, 2, 3), (30, 4, 9)])
-def features(request):
-    """Two sets of features, x (N, D) and y (M, D), of which x wants a gradient."""
-    n, m, d = request.param
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(6, 7, 12), (20, 15, 5), (4, 30, 9), (2, 2, 3)]
+)
+def test_frechet_distance_torch_is_the_same_and_differentiable(n, m, d):
     stream = random_stream()
-    x = torch.randn(n, d, generator=stream, dtype=torch.float64)
+    x = torch.randn(n, d, generator=stream, dtype=torch.float64).requires_grad_()
     y = 2 * torch.randn(m, d, generator=stream, dtype=torch.float64)
-    return x.requires_grad_(), y
-
-
-def test_the_two_frechet_distances_agree(features):
-    x, y = features
     truth = common.frechet_distance(*moments(x.detach().numpy()), *moments(y.numpy()))
     assert common.frechet_distance_torch(x, y).item() == pytest.approx(truth, rel=1e-6)
-
-
-def test_frechet_distances_gradient_is_that_of_differences(features):
-    assert torch.autograd.gradcheck(common.frechet_distance_torch, features, atol=1e-6)
-
-
-def test_frechet_distance_of_equal_features_is_0_and_flat(features):
-    distance = common.frechet_distance_torch(features[0], features[0].detach())
+    assert torch.autograd.gradcheck(common.frechet_distance_torch, (x, y), atol=1e-6)
+    distance = common.frechet_distance_torch(x, x.detach())  # 0 and flat
     assert abs(distance.item()) < 1e-9
-    assert torch.autograd.grad(distance, features[0])[0].abs().max() < 1e-9
-
-
-def test_frechet_distance_falls_along_its_gradient_at_a_kink(features):
-    """Features that do not vary have no derivative: whichever is given must lead downwards."""
-    x, y = features
-    constant = torch.ones(len(x), x.shape[1] - 2)
-    x = torch.cat([x[:, :2], constant], 1).detach().requires_grad_()
-    distance = common.frechet_distance_torch(x, y)
+    assert torch.autograd.grad(distance, x)[0].abs().max() < 1e-9
+    # features that do not vary have no derivative: whichever is given must lead downwards
+    x = x.detach()
+    x[:, 2:] = 1
+    distance = common.frechet_distance_torch(x.requires_grad_(), y)
     gradient = torch.autograd.grad(distance, x)[0]
     assert common.frechet_distance_torch(x - 1e-3 * gradient, y) < distance
 
@@ -536,17 +427,14 @@ def test_frechet_distance_falls_along_its_gradient_at_a_kink(features):
 def test_frechet_distances_refuse_other_shapes_and_nan():
     mu = np.zeros(4)
     sigma = np.eye(4)
-    for wrong in (
-        (mu[1:], sigma),
-        (mu, sigma * np.nan),
-        (0.0, sigma),
-        (mu, sigma[:, 1:]),
-    ):
+    for mean, covariance in ((mu[1:], sigma), (mu, sigma * np.nan), (mu, sigma[:, 1:])):
         with pytest.raises(ValueError):  # noqa: PT011
-            common.frechet_distance(*wrong, mu, sigma)
+            common.frechet_distance(mean, covariance, mu, sigma)
+    with pytest.raises(ValueError, match=r"\(D, D\)"):
+        common.frechet_distance(mu[1:], sigma, mu[1:], sigma)
     x = torch.rand(6, 4)
-    for wrong in (x[:1], x[:, 1:], x * torch.nan, x[:, 0]):
-        with pytest.raises(ValueError, match=r"\?|finite"):
+    for wrong in (x[:1], x * torch.nan):
+        with pytest.raises(ValueError, match="finite"):
             common.frechet_distance_torch(wrong, x)
 
 
@@ -569,14 +457,14 @@ def test_inception_is_tensorflows(tmp_path, monkeypatch):
     network = random_inception(tmp_path / "weights")
     network.fc = nn.Identity()
     average = functools.partial(F.avg_pool2d, count_include_pad=False)
-    pools = iter(
-        [average] * 8 + [F.max_pool2d]
-    )  # of the nine blocks that torchvision averages in
+    pools = [average] * 8 + [
+        F.max_pool2d
+    ]  # of the nine blocks that torchvision averages in
     grey = torch.rand(2, 1, 40, 30, generator=random_stream())
     resized = F.interpolate(grey, (299, 299), mode="bilinear", align_corners=False)
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(
-            F, "avg_pool2d", lambda *args, **kwargs: next(pools)(*args, **kwargs)
+            F, "avg_pool2d", lambda *args, **sizes: pools.pop(0)(*args, **sizes)
         )
         truth = network(resized.expand(-1, 3, -1, -1) * 2 - 1)
     ours = common.inception_features(grey, tmp_path / "weights")
@@ -586,50 +474,32 @@ def test_inception_is_tensorflows(tmp_path, monkeypatch):
 
 def test_inception_refuses_other_images_and_weights(tmp_path, monkeypatch):
     image = torch.rand(1, 1, 8, 8)
-    for wrong in (
-        image.expand(1, 2, 8, 8),
-        image + 1,
-        image * torch.nan,
-        image[:0],
-        image[0],
-    ):
+    for wrong in (image + 1, image - 1, image * torch.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             common.inception_features(wrong)
-    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other")
-    with refused(tmp_path / "other", NOWHERE):
-        common.inception_features(image, tmp_path / "other")
+    path = tmp_path / "weights"
+    state = random_inception(path).state_dict()
+    state["Mixed_7c.branch_pool.bn.running_var"][3] = torch.nan
+    for weights in (state, {"fc.weight": torch.zeros(2)}):
+        torch.save(weights, path)
+        with refused(path, NOWHERE):
+            common.inception_features(image, path)
     monkeypatch.chdir(tmp_path)
     with refused(f"put that file at {Path('data', common.INCEPTION)}"):
         common.inception_features(image)
 
 
-def test_mnist_is_read_byte_for_byte(data):
+def test_mnist_is_read_byte_for_byte_or_refused(data, tmp_path):
     images, labels = common.load_mnist(data, train=False)
     raw = np.random.default_rng(20).integers(0, 256, (20, 1, 28, 28))
     assert torch.equal(images, torch.from_numpy(raw).float() / 255)
     assert torch.equal(labels, torch.arange(20) % 10)
-
-
-@pytest.mark.parametrize(
-    "damage", ["short", "html", "long", "ten digits", "14 x 14", "label 11"]
-)
-def test_damaged_mnist_files_are_named(data, tmp_path, damage):
     folder = shutil.copytree(data / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
-    pixels = folder / "t10k-images-idx3-ubyte"
-    labels = folder / "t10k-labels-idx1-ubyte"
-    good = pixels.read_bytes()
-    contents = {
-        "short": good[:-1],
-        "html": b"<html>",
-        "long": good + b"x",
-        "ten digits": good[:7] + bytes([10]) + good[8 : 16 + 10 * 28 * 28],
-        "14 x 14": good[:8] + bytes([0, 0, 0, 14] * 2) + good[16 : 16 + 20 * 14 * 14],
-    }
-    pixels.write_bytes(contents.get(damage, good))
-    if damage == "label 11":
-        labels.write_bytes(labels.read_bytes()[:-1] + bytes([11]))
-    with refused(folder / "t10k", "delete", "--dataset glyphs"):
-        common.load_mnist(tmp_path, train=False)
+    path = folder / "t10k-images-idx3-ubyte"
+    for damaged in (path.read_bytes()[:-1], b"<html>"):
+        path.write_bytes(damaged)
+        with refused(folder, "delete", "--dataset glyphs"):
+            common.load_mnist(tmp_path, train=False)
 
 
 def test_where_mnist_cannot_be_had_auto_warns_and_draws(tmp_path, capsys):
@@ -652,23 +522,23 @@ def test_glyphs_are_whole_digits_that_differ():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-RED = Image.new("RGB", (8, 4), "red")
-HALF = Image.new("RGBA", (8, 4), (255, 0, 0, 128))
+RED = (255, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("image", "name", "colour"),
+    ("mode", "name", "colour"),
     [
-        (RED.convert("CMYK"), "cmyk.tif", (255, 0, 0)),
-        (RED.convert("P"), "palette.png", (255, 0, 0)),
-        (RED.resize((1, 1)), "pixel.png", (255, 0, 0)),
-        (Image.new("1", (8, 4), 1), "bits.png", (255, 255, 255)),
-        (HALF, "transparent.png", (255, 127, 127)),
-        (HALF.convert("LA"), "transparent-grey.png", (165, 165, 165)),
+        ("CMYK", "x.tif", RED),
+        ("P", "x.png", RED),
+        ("RGBA", "x.png", (255, 127, 127)),
+        ("LA", "x.png", (165, 165, 165)),
     ],
 )
-def test_a_photo_of_any_kind_is_shown_on_white(tmp_path, image, name, colour):
-    image.save(tmp_path / name)
+def test_a_photo_of_any_kind_is_shown_on_white(tmp_path, mode, name, colour):
+    image = Image.new("RGB", (8, 4), RED)
+    if mode.endswith("A"):
+        image.putalpha(128)
+    image.convert(mode).save(tmp_path / name)
     shown = common.Photos([tmp_path / name], 4)[0].mean((1, 2)) * 255
     assert (shown - torch.tensor(colour)).abs().max() <= 3
 
@@ -676,107 +546,78 @@ def test_a_photo_of_any_kind_is_shown_on_white(tmp_path, image, name, colour):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_though_its_exif_is_bad(tmp_path, orientation):
     """Its resolution is a signed rational, which Pillow reads but cannot write."""
-    tags = struct.pack(
-        "<HHIIHHIIIii", 0x0112, 3, 1, orientation, 0x011A, 10, 1, 38, 0, -72, 1
-    )
-    exif = b"Exif\0\0II" + struct.pack("<HIH", 42, 8, 2) + tags
+    entries = (0x0112, 3, 1, orientation, 0x011A, 10, 1, 38, 0, -72, 1)
+    exif = b"Exif\0\0II" + struct.pack("<HIHHHIIHHIIIii", 42, 8, 2, *entries)
     noise = Image.effect_noise((16, 16), 99).convert("RGB")
     noise.save(tmp_path / "stored.jpg")
     noise.save(tmp_path / "tagged.jpg", exif=exif)
-    stored = common.Photos([tmp_path / "stored.jpg"], 16)[0]
+    stored, tagged = common.Photos(
+        [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"], 16
+    )[:]
     turned = stored.mT if orientation > 4 else stored
-    flips = {2: 2, 3: (1, 2), 4: 1, 6: 2, 7: (1, 2), 8: 1}
-    if orientation in flips:
-        turned = turned.flip(flips[orientation])
-    assert torch.equal(common.Photos([tmp_path / "tagged.jpg"], 16)[0], turned)
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
+    assert torch.equal(tagged, turned.flip(flips.get(orientation, [])))
 
 
 def test_a_photo_is_squashed_or_given_to_a_transform(tmp_path):
     image = Image.new("RGB", (160, 80), "blue")
-    image.paste((255, 0, 0), (40, 0, 120, 80))
+    image.paste(RED, (40, 0, 120, 80))
     image.save(tmp_path / "x.png")
     red = common.Photos([tmp_path / "x.png"], 80)[0][0]
     assert red.mean(0).round().tolist() == [0] * 20 + [1] * 40 + [0] * 20
     crop = torchvision.transforms.CenterCrop(80)
-    assert common.Photos([tmp_path / "x.png"], 80, crop)[0].getcolors() == [
-        (6400, (255, 0, 0))
-    ]
+    cropped = common.Photos([tmp_path / "x.png"], None, crop)[0]
+    assert cropped.getcolors() == [(6400, RED)]
 
 
-@pytest.mark.parametrize(
-    "name", ["ramp.png", "float.tif", "cut.png", "absent.jpg", "bomb.png"]
-)
-def test_a_photo_that_cannot_be_shown_rightly_is_refused(tmp_path, monkeypatch, name):
-    ramp = np.arange(65536).reshape(256, 256)
-    images = {
-        "ramp.png": Image.fromarray(ramp.astype("uint16")),
-        "float.tif": Image.fromarray((ramp / 65535).astype("float32")),
-        "cut.png": HALF,
-        "bomb.png": HALF,
-    }
-    if name in images:
-        images[name].save(tmp_path / name)
-    if name == "cut.png":
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
-    if name == "bomb.png":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with refused(tmp_path / name, "photo"):
-        common.Photos([tmp_path / name], 8)[0]
+def test_a_photo_that_cannot_be_shown_rightly_is_refused(tmp_path):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "16-bit.png")
+    cut = (tmp_path / "16-bit.png").read_bytes()[:-50]
+    (tmp_path / "cut.png").write_bytes(cut)
+    for name in ("16-bit.png", "cut.png", "absent.jpg"):
+        with refused(tmp_path / name, "photo"):
+            common.Photos([tmp_path / name], 8)[0]
 
 
-@pytest.fixture
-def coco(server, data, tmp_path):
-    """A data folder, still empty; the server has COCO's training photos and annotations."""
+def test_of_coco_what_is_asked_for_is_downloaded_and_in_order(server, data, tmp_path):
+    """From its one archive of annotations; photos and classes are in the order of their ids."""
     shutil.copytree(data / "coco" / "train2017", server / "train2017")
-    (server / "annotations").mkdir()
+    packed = server / "annotations" / "annotations_trainval2017.zip"
+    packed.parent.mkdir()
     name = "annotations/instances_train2017.json"
-    with zipfile.ZipFile(
-        server / "annotations" / "annotations_trainval2017.zip", "w"
-    ) as file:
-        file.write(data / "coco" / name, name)
-    return tmp_path
-
-
-def test_of_coco_what_is_asked_for_is_downloaded(coco, server):
-    photos = coco / "coco" / "train2017"
-    images, labels, _ = common.load_coco(coco, 32, limit=2, split="train2017")
-    assert len(images) == len(labels) == 2
-    assert sorted(os.listdir(photos)) == ["0.png", "1.png"]
-    (server / "train2017" / "12.png").unlink()
-    with refused("404", f"put that file at {photos / '12.png'}"):
-        common.load_coco(coco, 32, split="train2017")
-
-
-def test_cocos_photos_and_classes_are_in_the_order_of_ids(coco):
-    images, labels, names = common.load_coco(coco, 32, split="train2017")
-    assert images[:][..., 0, 0].tolist() == 4 * [
-        [1, 0, 0],
-        [0, 1, 0],
-        [0, 0, 1],
-        [0, 0, 0],
-    ]
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.write(data / "coco" / name, name)
+    images, labels, names = common.load_coco(tmp_path, 32, limit=5, split="train2017")
+    colours = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    assert images[:][..., 0, 0].tolist() == colours
     present = [(row == 1).nonzero()[:, 0].tolist() for row in labels]
-    assert present == 4 * [[54], [1, 79], [70], []]
+    assert present == [[54], [1, 79], [70], [], [54]]
     assert len(names) == labels.shape[1] == 80
     assert names[54] == "name 60"  # which is COCO's donut
+    photos = tmp_path / "coco" / "train2017"
+    assert sorted(os.listdir(photos)) == [f"{i}.png" for i in range(5)]
+    (server / "train2017" / "12.png").unlink()
+    with refused("404", f"put that file at {photos / '12.png'}"):
+        common.load_coco(tmp_path, 32, split="train2017")
+    downloaded = tmp_path / "coco" / "annotations" / packed.name
+    downloaded.write_bytes(packed.read_bytes()[:-50])
+    with refused(downloaded, "delete it"):
+        common.load_coco(tmp_path, 32, split="train2017")
 
 
-def annotated(folder, text):
-    """Write `text` as the annotations of val2017 in a data folder, and return their path."""
-    path = folder / "coco" / "annotations" / "instances_val2017.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(text, encoding="latin-1")
-    return path
-
-
-@pytest.mark.parametrize("name", ["../../x.png", "/x.png", "images/x.png"])
+@pytest.mark.parametrize("name", ["../../x.png", "/x.png"])
 def test_no_photo_is_written_outside_its_folder(server, tmp_path, name):
     (server / "val2017").mkdir()
-    RED.save(server / "val2017" / "x.png")
-    image = {"id": 1, "file_name": name}
-    annotated(
-        tmp_path, json.dumps({"images": [image], "categories": [], "annotations": []})
-    )
+    (server / "val2017" / "x.png").touch()
+    content = {
+        "images": [{"id": 1, "file_name": name}],
+        "categories": [],
+        "annotations": [],
+    }
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
     common.load_coco(tmp_path, 32)
     assert (tmp_path / "coco" / "val2017" / "x.png").exists()
     assert len(list(tmp_path.rglob("x.png"))) == 2
@@ -785,28 +626,20 @@ def test_no_photo_is_written_outside_its_folder(server, tmp_path, name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"12.png"', '"9.png"'),
-        ('"id": 12, "f', '"id": 9, "f'),
-        ('"id": 12, "f', '"id": {}, "f'),
-        ('"id": 12, "f', '"id": 99, "f'),
+        ('"image_id": 12', '"image_id": 99'),
         ('"category_id": 60', '"category_id": 12'),
         ('"images"', '"pictures"'),
         ("{", "\xff\xfe"),
         ("{", "[" * 100_000),
-        ("{", ""),
     ],
 )
 def test_damaged_annotations_are_named(data, tmp_path, old, new):
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    path.parent.mkdir(parents=True)
     good = (data / "coco" / "annotations" / "instances_train2017.json").read_text()
-    with refused(annotated(tmp_path, good.replace(old, new)), "delete it"):
+    path.write_text(good.replace(old, new), encoding="latin-1")
+    with refused(path, "delete it"):
         common.load_coco(tmp_path, 32)
-
-
-def test_a_damaged_archive_of_annotations_is_named(coco, server):
-    packed = server / "annotations" / "annotations_trainval2017.zip"
-    packed.write_bytes(packed.read_bytes()[:-50])
-    with refused("delete it", packed.name):
-        common.load_coco(coco, 32, split="train2017")
 
 
 # --- week 1
