@@ -48,8 +48,8 @@ class Failure(Exception):
 
 def run(main, interrupted="interrupted"):
     """Run `main()` as a script: an error ends it in one line on stderr and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every terminal can show every letter
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every letter
+    sys.stderr.reconfigure(errors="replace")
     code = 1
     try:
         return main()
@@ -142,12 +142,12 @@ def progress(*args, **kwargs):
 @contextmanager
 def hold(folder):
     """Create the output folder and keep other runs out of it; raises Failure if one is at work."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # the operating system releases a database's lock, however this process ends
-        lock = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
+        lock = sqlite3.connect(folder / ".lock", timeout=0)
         lock.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error):
+    except sqlite3.Error:
         raise Failure(
             f"--out {folder} is in use by another run, or read-only; choose another"
         ) from None
@@ -199,7 +199,7 @@ def require_same(path, old, new):
 
 def wilson(hits, n):
     """A rate with its 95 % Wilson interval: {"rate", "low", "high", "n"}; None if n is 0."""
-    if n == 0:
+    if not n:
         return None
     test = scipy.stats.binomtest(int(hits), int(n))
     low, high = map(float, test.proportion_ci(method="wilson"))
@@ -244,7 +244,7 @@ def write_results(args, numbers, **facts):
         "torch": torch.__version__,
         "numpy": np.__version__,
         "scipy": scipy.__version__,
-        "seconds": round(time.time() - START, 1),
+        "seconds": round(time.time() - START),
         "git": None if failed else git,
         **facts,
         **numbers,
@@ -255,15 +255,16 @@ def write_results(args, numbers, **facts):
 
 
 def download(url, path, sha256=""):
-    """Fetch `url`, whose SHA-256 begins with `sha256`, to `path` unless it is there; or Failure."""
+    """Fetch `url` to `path` unless it is there; its SHA-256 must begin with `sha256`."""
     if path.exists():
         return path
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             blocks = iter(lambda: answer.read(2**20), b"")
-            megabytes = (answer.length or 0) / 2**20
-            content = b"".join(progress(blocks, path.name, megabytes, delay=5))
-        if answer.length or not hashlib.sha256(content).hexdigest().startswith(sha256):
+            size = int(answer.headers.get("Content-Length", 0))
+            content = b"".join(progress(blocks, path.name, size / 2**20, delay=5))
+        digest = hashlib.sha256(content).hexdigest()
+        if len(content) < size or not digest.startswith(sha256):
             raise OSError("not the whole file, or another one")
     except Exception as problem:  # urllib raises many kinds
         raise Failure(f"{url}: {problem}; put that file at {path} yourself") from None
@@ -289,7 +290,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     else:
         # sqrtm is slow and inexact where a covariance is singular, as it is with fewer samples
         # than D; with S = F F^T, the trace is the nuclear norm of F1^T F2
-        factors = vectors * np.sqrt(values)[:, None]
+        factors = vectors * values[:, None] ** 0.5
         cross = np.linalg.norm(factors[0].T @ factors[1], "nuc")
     shift = means[0] - means[1]
     return float(shift @ shift + values.sum() - 2 * cross)
@@ -389,7 +390,7 @@ def glyphs(n, seed=0):
     """
     font = ImageFont.load_default(40)
     move = transforms.RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
-    images = np.empty((n, 1, 28, 28), np.uint8)
+    images = np.empty((n, 1, 28, 28), "uint8")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for i in progress(range(n), "drawing digits"):

@@ -3,11 +3,11 @@
 TEST_SEED=3 pytest test_all.py    shifts every seed of the tests: their promises hold for any.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
 import functools
-import http.server
 import io
 import json
 import os
@@ -76,11 +76,6 @@ def difference(x, truth):
     return ((x - truth).norm() / truth.norm()).item()
 
 
-def moments(x):
-    """The mean and the covariance of features (N, D)."""
-    return x.mean(0), np.cov(x, rowvar=False)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A data folder of made-up files in the real formats.
@@ -92,14 +87,12 @@ def data(tmp_path_factory):
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in {"train": 40, "t10k": 20}.items():
-        digits = np.random.default_rng(n).integers(0, 256, (n, 28, 28))
-        for name, array in {
-            "images-idx3": digits,
-            "labels-idx1": np.arange(n) % 10,
-        }.items():
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            content = header + array.astype(np.uint8).tobytes()
-            (raw / f"{part}-{name}-ubyte").write_bytes(content)
+        digits = np.random.default_rng(n).integers(0, 256, (n, 28, 28), np.uint8)
+        header = struct.pack(">IIII", 0x0803, n, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + digits.tobytes())
+        labels = bytes(i % 10 for i in range(n))
+        header = struct.pack(">II", 0x0801, n)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
     ids = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}, reverse=True)
     categories = [{"id": i, "name": f"name {i}"} for i in ids]
     colours = ["red", "lime", "blue", "black"]
@@ -139,7 +132,6 @@ def no_network(monkeypatch):
         (MemoryError(), 1, "--batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "--batch-size"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "--batch-size"),
     ],
 )
 def test_an_error_ends_in_one_short_line_and_its_code(capsys, problem, code, words):
@@ -151,59 +143,29 @@ def test_an_error_ends_in_one_short_line_and_its_code(capsys, problem, code, wor
     assert len(line) < 450
 
 
-def test_a_bug_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback_and_a_strange_letter_ends_no_run(monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         common.run(Mock(side_effect=RuntimeError("an illegal memory access")))
-
-
-def test_a_letter_that_stdout_cannot_show_ends_no_run(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
     common.run(lambda: print("runs/Łódź", flush=True))
     assert stdout.buffer.getvalue().strip() == "runs/?ód?".encode("cp1252")
 
 
-def a_parser():
-    """The parser of a script with flags of every kind."""
-    p = common.parser("Text.", Path("runs/x"), ("mnist", "glyphs"), "digits", "N digits")
-    p.add_argument("--eps", type=common.number(float, 0), default=0.0, help="size")
-    return p
-
-
-BAD_FLAGS = "--limit 0, --limit 1.5, --seed 4294967297, --eps nan, --eps inf, --eps -1"
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS.split(", "))
-def test_a_bad_flag_is_named_with_its_value(capsys, flags):
-    with pytest.raises(SystemExit, match="2"):
-        a_parser().parse_args(flags.split())
-    line = capsys.readouterr().err.splitlines()[-1]
-    for word in flags.split():
-        assert word in line
-
-
-def test_help_shows_every_default_but_none_and_false():
-    defaults = re.findall(r"\(default:\s+(\S+?)\)", a_parser().format_help())
-    assert defaults == ["data", "runs/x", "mnist", "0", "auto", "0.0"]
-
-
-def test_each_process_has_a_device_of_its_own_or_is_refused(monkeypatch):
-    for gpus in (0, 1, 2):
-        found = torch.device("cuda") if gpus else None
-        current = Mock(return_value=found)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-        monkeypatch.setattr(torch.cuda, "device_count", Mock(return_value=gpus))
-        monkeypatch.setattr(torch.cuda, "set_device", Mock())
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        if gpus == 2:
-            assert common.pick_device("cuda") == torch.device("cuda", 1)
-            torch.cuda.set_device.assert_called_once_with(1)
-        else:
-            with refused("--device cuda", "process 1", "--device cpu", code=2):
-                common.pick_device("cuda")
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        assert common.pick_device("auto").type == ("cuda" if gpus else "cpu")
-    assert not torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_each_process_has_a_device_of_its_own_or_is_refused(monkeypatch, gpus):
+    found = Mock(return_value=torch.device("cuda") if gpus else None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", found)
+    monkeypatch.setattr(torch.cuda, "device_count", Mock(return_value=gpus))
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    assert common.pick_device("auto").type == ("cuda" if gpus else "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if gpus == 2:
+        assert common.pick_device("auto") == torch.device("cuda", 1)
+        torch.cuda.set_device.assert_called_with(1)
+    else:
+        with refused("--device cuda", "process 1", "--device cpu", code=2):
+            common.pick_device("cuda")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -216,21 +178,17 @@ def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal)
         bar.set_postfix(critic=0.12, generator=0.34, refresh=False)
     text = capsys.readouterr().err
     shown = re.findall(r"\rtraining:? +\d+%[^\r]* \d+/100[^\r]*generator=0.34", text)
-    assert max(map(len, shown)) <= 101
     assert len(shown) > 30 if terminal else 2 <= len(shown) <= 10
     assert text.count("\n") == (0 if terminal else len(shown))
 
 
-def test_a_second_run_in_one_folder_ends_in_one_line(tmp_path):
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
     folder = tmp_path / "new" / "run"
     with pytest.raises(KeyboardInterrupt), common.hold(folder):  # noqa: PT012
         with refused("--out", folder, "another run"), common.hold(folder):
             pass
-        with common.hold(tmp_path / "other"):
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
     with common.hold(folder):  # the first has ended
-        (folder / "file").touch()
-    with refused(folder / "file", "choose another"), common.hold(folder / "file"):
         pass
 
 
@@ -257,136 +215,84 @@ class Hostile:
 def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.pt"
-    with refused(path, "; train it again"):
+    with refused(path, "absent", "; train it again"):
         common.load_checkpoint(path, "train it again")
     content = {"kind": "acwgan", "settings": {"seed": 0}, "losses": [0.5]}
     torch.save(content, path)
     assert common.load_checkpoint(path, "", "acwgan") == content
     with refused(path, "a checkpoint of transfer; train it again"):
         common.load_checkpoint(path, "train it again", "transfer")
-    path.write_bytes(path.read_bytes()[:300])
-    with refused(path, "damaged", "; train it again"):
-        common.load_checkpoint(path, "train it again")
-    for unsafe in (Hostile(), np.float64(0.5)):
+    for unsafe in (Hostile(), argparse.Namespace(lr=0.1)):
         torch.save({"state_dict": {}, "args": unsafe}, path)
-        name = os.mkdir.__module__ if isinstance(unsafe, Hostile) else "numpy"
-        with refused(path, f"holds a {name}", "state dict alone; train it again"):
+        with refused(path, "holds a ", "state dict alone; train it again"):
             common.load_checkpoint(path, "train it again")
     assert not Path("owned").exists()
-    torch.save(torch.zeros(3), path)
-    with refused(path, "a network; train it again"):
-        common.load_checkpoint(path, "train it again")
-
-
-def test_other_settings_are_named_with_out_and_force(tmp_path):
-    common.require_same(tmp_path, {"seed": 0, "old": 1}, {"seed": 0, "limit": None})
-    with refused(tmp_path, "epochs 1, not 2", "--out", "--force", code=2):
-        common.require_same(tmp_path, {"seed": 0, "epochs": 1}, {"seed": 0, "epochs": 2})
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 40), (40, 40)])
 def test_wilsons_bounds_are_those_of_the_score_test(hits, n):
+    """At either bound, the hits are 1.96 standard errors of that rate away."""
     rate = common.wilson(np.int64(hits), torch.tensor(n))
-    assert rate["rate"] == hits / n
-    assert rate["n"] == n
-    # at either bound the hits are 1.96 standard errors of that rate away
-    for bound, sign in {"low": 1, "high": -1}.items():
-        p = rate[bound]
+    for sign, p in {1: rate["low"], -1: rate["high"]}.items():
         deviation = sign * 1.959964 * (p * (1 - p) / n) ** 0.5
         assert hits / n - p == pytest.approx(deviation, abs=1e-6)
 
 
-def test_a_table_shows_rates_with_intervals_and_a_csv_file_every_digit(tmp_path, capsys):
+def test_a_table_is_aligned_and_shows_rates_with_intervals(capsys):
     rows = [["none", common.wilson(0, 0), 3], ["pgd", common.wilson(5, 10), 0.123456]]
     common.print_table(["attack", "rate", "L2"], rows)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "attack  rate                  L2    "
     assert lines[1] == "none    -                     3     "
     assert lines[2] == "pgd     50.0% [23.7%, 76.3%]  0.1235"
-    rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": -1}]
-    common.write_csv(tmp_path / "x.csv", rows)
-    lines = (tmp_path / "x.csv").read_text().splitlines()
-    assert lines == ["step,loss", "1,0.30000000000000004", "2,-1"]
 
 
 @pytest.mark.parametrize("start", ["python", "torchrun --nproc-per-node 4"])
 def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch, start):
     command = ["pgd_attack.py", "--target", "dining table", "--out", "runs/it's"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if start != "python":
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     code = tmp_path / "it's"  # no shell may stumble over the name
     monkeypatch.setattr(common, "__file__", str(code / "common.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    args = a_parser().parse_args(["--seed", "1", "--out", str(tmp_path)])
-    record = common.write_results(args, {"rate": 0.5}, dataset="glyphs")
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written == json.loads(json.dumps(record, default=str))
-    assert shlex.split(written["command"]) == start.split() + command
-    assert written["settings"]["seed"] == 1
-    assert written["dataset"] == "glyphs"
-    assert written["rate"] == 0.5
-    assert written["git"] is None
+    args = argparse.Namespace(out=tmp_path, seed=1)
+    common.write_results(args, {"rate": 0.5}, dataset="glyphs")
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert shlex.split(record["command"]) == start.split() + command
+    assert record["settings"] == {"out": str(tmp_path), "seed": 1}
+    assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, None)
     if shutil.which("git"):
-        git = ["git", "-C", str(code)]
         subprocess.run(["git", "init", "-q", code], check=True)
-        empty = "-c user.name=x -c user.email=x -c commit.gpgsign=false commit -q --allow-empty"
-        subprocess.run([*git, *empty.split(), "-m", "x"], check=True)
-        revision = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
-        assert revision.startswith(common.write_results(args, {})["git"])
+        git = f"git -C {shlex.quote(str(code))} -c user.name=x -c user.email=x"
+        subprocess.getoutput(f"{git} -c commit.gpgsign=false commit --allow-empty -m x")
+        revision = common.write_results(args, {})["git"]
+        assert subprocess.getoutput(f"{git} rev-parse HEAD").startswith(revision)
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; "short" is announced a byte longer than it is, "open" with no length."""
-
-    def send_header(self, name, value):
-        if name == "Content-Length" and self.path == "/short":
-            value = int(value) + 1
-        if name != "Content-Length" or self.path != "/open":
-            super().send_header(name, value)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A folder whose files are at `common.COCO_URL`: three files of the word "content"."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    for name in ("file", "open", "short"):
-        (folder / name).write_text("content")
-    handler = functools.partial(Handler, directory=folder)
-    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 16)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
-        monkeypatch.setattr(common, "COCO_URL", f"http://127.0.0.1:{httpd.server_port}/")
-        yield folder
-        httpd.shutdown()
-
-
-def test_a_download_is_the_whole_file_or_leaves_nothing(server, tmp_path):
-    sha256 = "ed7002b4"  # how the SHA-256 of "content" begins
-    for name in ("file", "open"):
-        path = tmp_path / name / "x"
-        assert common.download(common.COCO_URL + name, path, sha256) == path
-        assert common.download(NOWHERE, path) == path  # which is there
-        assert path.read_text() == "content"
-        assert os.listdir(path.parent) == ["x"]
+def test_a_download_is_the_whole_file_or_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "new" / "x"
-    for name, begin in {"file": "00", "short": sha256, "absent": ""}.items():
-        with refused(common.COCO_URL + name, f"put that file at {path}"):
-            common.download(common.COCO_URL + name, path, begin)
-        assert not path.parent.exists()
-
-
-def test_a_server_that_stays_silent_is_given_up(tmp_path, monkeypatch):
+    url = (tmp_path / "file").as_uri()
+    (tmp_path / "file").write_text("content")
+    with refused(url, f"put that file at {path}"):
+        common.download(url, path, "00")
     monkeypatch.setattr(common, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         end = threading.Timer(15, silent.close)  # which would reset the connection
         end.start()
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/file"
-        with refused(url, "timed out"):
-            common.download(url, tmp_path / "file")
+        with refused("timed out"):
+            common.download(f"http://127.0.0.1:{silent.getsockname()[1]}/file", path)
         end.cancel()
+    with monkeypatch.context() as patch:
+        answer = io.BytesIO(b"content")
+        answer.headers = {"Content-Length": "8"}
+        patch.setattr("urllib.request.urlopen", Mock(return_value=answer))
+        with refused("whole file"):
+            common.download(url, path)
+    assert not path.parent.exists()
+    common.download(url, path, "ed7002b4")  # how the SHA-256 of "content" begins
+    common.download(NOWHERE, path)  # which is there
+    assert path.read_text() == "content"
 
 
 @pytest.mark.parametrize("zeros", [0, 5, 29])
@@ -410,7 +316,9 @@ def test_frechet_distance_torch_is_the_same_and_differentiable(n, m, d):
     stream = random_stream()
     x = torch.randn(n, d, generator=stream, dtype=torch.float64).requires_grad_()
     y = 2 * torch.randn(m, d, generator=stream, dtype=torch.float64)
-    truth = common.frechet_distance(*moments(x.detach().numpy()), *moments(y.numpy()))
+    truth = common.frechet_distance(
+        x.detach().mean(0), x.detach().T.cov(), y.mean(0), y.T.cov()
+    )
     assert common.frechet_distance_torch(x, y).item() == pytest.approx(truth, rel=1e-6)
     assert torch.autograd.gradcheck(common.frechet_distance_torch, (x, y), atol=1e-6)
     distance = common.frechet_distance_torch(x, x.detach())  # 0 and flat
@@ -427,11 +335,10 @@ def test_frechet_distance_torch_is_the_same_and_differentiable(n, m, d):
 def test_frechet_distances_refuse_other_shapes_and_nan():
     mu = np.zeros(4)
     sigma = np.eye(4)
-    for mean, covariance in ((mu[1:], sigma), (mu, sigma * np.nan), (mu, sigma[:, 1:])):
-        with pytest.raises(ValueError):  # noqa: PT011
-            common.frechet_distance(mean, covariance, mu, sigma)
     with pytest.raises(ValueError, match=r"\(D, D\)"):
         common.frechet_distance(mu[1:], sigma, mu[1:], sigma)
+    with pytest.raises(ValueError, match="NaN"):
+        common.frechet_distance(mu, sigma * np.nan, mu, sigma)
     x = torch.rand(6, 4)
     for wrong in (x[:1], x * torch.nan):
         with pytest.raises(ValueError, match="finite"):
@@ -452,9 +359,13 @@ def random_inception(path):
     return network.eval()
 
 
-def test_inception_is_tensorflows(tmp_path, monkeypatch):
+def test_inception_is_tensorflows_and_refuses_other_images_and_weights(
+    tmp_path, monkeypatch
+):
     """Its features are those of torchvision's network whose pools are patched one by one."""
-    network = random_inception(tmp_path / "weights")
+    path = tmp_path / "weights"
+    network = random_inception(path)
+    weights = network.state_dict()
     network.fc = nn.Identity()
     average = functools.partial(F.avg_pool2d, count_include_pad=False)
     pools = [average] * 8 + [
@@ -467,42 +378,29 @@ def test_inception_is_tensorflows(tmp_path, monkeypatch):
             F, "avg_pool2d", lambda *args, **sizes: pools.pop(0)(*args, **sizes)
         )
         truth = network(resized.expand(-1, 3, -1, -1) * 2 - 1)
-    ours = common.inception_features(grey, tmp_path / "weights")
+    ours = common.inception_features(grey, path)
     assert ours.shape == (2, 2048)
     assert difference(torch.from_numpy(ours), truth) < 1e-4
-
-
-def test_inception_refuses_other_images_and_weights(tmp_path, monkeypatch):
-    image = torch.rand(1, 1, 8, 8)
-    for wrong in (image + 1, image - 1, image * torch.nan):
+    for wrong in (grey + 1, grey - 1, grey * torch.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-            common.inception_features(wrong)
-    path = tmp_path / "weights"
-    state = random_inception(path).state_dict()
-    state["Mixed_7c.branch_pool.bn.running_var"][3] = torch.nan
-    for weights in (state, {"fc.weight": torch.zeros(2)}):
-        torch.save(weights, path)
+            common.inception_features(wrong, path)
+    weights["Mixed_7c.branch_pool.bn.running_var"][3] = torch.nan
+    for state in (weights, {"fc.weight": torch.zeros(2)}):
+        torch.save(state, path)
         with refused(path, NOWHERE):
-            common.inception_features(image, path)
-    monkeypatch.chdir(tmp_path)
-    with refused(f"put that file at {Path('data', common.INCEPTION)}"):
-        common.inception_features(image)
+            common.inception_features(grey, path)
 
 
-def test_mnist_is_read_byte_for_byte_or_refused(data, tmp_path):
+def test_mnist_is_read_byte_for_byte_or_replaced(data, tmp_path, capsys):
     images, labels = common.load_mnist(data, train=False)
-    raw = np.random.default_rng(20).integers(0, 256, (20, 1, 28, 28))
+    raw = np.random.default_rng(20).integers(0, 256, (20, 1, 28, 28), np.uint8)
     assert torch.equal(images, torch.from_numpy(raw).float() / 255)
     assert torch.equal(labels, torch.arange(20) % 10)
     folder = shutil.copytree(data / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
     path = folder / "t10k-images-idx3-ubyte"
-    for damaged in (path.read_bytes()[:-1], b"<html>"):
-        path.write_bytes(damaged)
-        with refused(folder, "delete", "--dataset glyphs"):
-            common.load_mnist(tmp_path, train=False)
-
-
-def test_where_mnist_cannot_be_had_auto_warns_and_draws(tmp_path, capsys):
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused(folder, "delete", "--dataset glyphs"):
+        common.load_digits("mnist", tmp_path, train=False)
     name, images, _ = common.load_digits("auto", tmp_path, train=False, limit=30)
     assert name == "glyphs"
     assert torch.equal(images, common.glyphs(50, seed=1)[0][:30])
@@ -522,25 +420,20 @@ def test_glyphs_are_whole_digits_that_differ():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-RED = (255, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("mode", "name", "colour"),
-    [
-        ("CMYK", "x.tif", RED),
-        ("P", "x.png", RED),
-        ("RGBA", "x.png", (255, 127, 127)),
-        ("LA", "x.png", (165, 165, 165)),
-    ],
-)
-def test_a_photo_of_any_kind_is_shown_on_white(tmp_path, mode, name, colour):
-    image = Image.new("RGB", (8, 4), RED)
-    if mode.endswith("A"):
-        image.putalpha(128)
-    image.convert(mode).save(tmp_path / name)
-    shown = common.Photos([tmp_path / name], 4)[0].mean((1, 2)) * 255
-    assert (shown - torch.tensor(colour)).abs().max() <= 3
+def test_a_photo_is_squashed_and_shown_on_white(tmp_path):
+    image = Image.new("RGB", (160, 80), "blue")
+    image.paste("red", (40, 0, 120, 80))
+    path = tmp_path / "x.tif"
+    for mode in ("CMYK", "P", "RGBA"):
+        image.convert(mode).save(path)
+        red, _, blue = common.Photos([path], 80)[0].mean(1).round()
+        assert red.tolist() == [0] * 20 + [1] * 40 + [0] * 20
+        assert torch.equal(blue, 1 - red)
+    image.putalpha(128)
+    image.save(path)
+    assert common.Photos([path], 80)[0].mean() == pytest.approx(2 / 3, abs=0.01)
+    crop = torchvision.transforms.CenterCrop(1)
+    assert common.Photos([path], None, crop)[0].getpixel((0, 0)) == (255, 127, 127)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -548,46 +441,40 @@ def test_a_photo_is_turned_though_its_exif_is_bad(tmp_path, orientation):
     """Its resolution is a signed rational, which Pillow reads but cannot write."""
     entries = (0x0112, 3, 1, orientation, 0x011A, 10, 1, 38, 0, -72, 1)
     exif = b"Exif\0\0II" + struct.pack("<HIHHHIIHHIIIii", 42, 8, 2, *entries)
+    paths = [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"]
     noise = Image.effect_noise((16, 16), 99).convert("RGB")
-    noise.save(tmp_path / "stored.jpg")
-    noise.save(tmp_path / "tagged.jpg", exif=exif)
-    stored, tagged = common.Photos(
-        [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"], 16
-    )[:]
+    noise.save(paths[0])
+    noise.save(paths[1], exif=exif)
+    stored, tagged = common.Photos(paths, 16)[:]
     turned = stored.mT if orientation > 4 else stored
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
     assert torch.equal(tagged, turned.flip(flips.get(orientation, [])))
 
 
-def test_a_photo_is_squashed_or_given_to_a_transform(tmp_path):
-    image = Image.new("RGB", (160, 80), "blue")
-    image.paste(RED, (40, 0, 120, 80))
-    image.save(tmp_path / "x.png")
-    red = common.Photos([tmp_path / "x.png"], 80)[0][0]
-    assert red.mean(0).round().tolist() == [0] * 20 + [1] * 40 + [0] * 20
-    crop = torchvision.transforms.CenterCrop(80)
-    cropped = common.Photos([tmp_path / "x.png"], None, crop)[0]
-    assert cropped.getcolors() == [(6400, RED)]
-
-
 def test_a_photo_that_cannot_be_shown_rightly_is_refused(tmp_path):
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(ramp).save(tmp_path / "16-bit.png")
-    cut = (tmp_path / "16-bit.png").read_bytes()[:-50]
+    image = Image.effect_noise((64, 64), 99)
+    image.save(tmp_path / "cut.png")
+    cut = (tmp_path / "cut.png").read_bytes()[:-500]
     (tmp_path / "cut.png").write_bytes(cut)
     for name in ("16-bit.png", "cut.png", "absent.jpg"):
         with refused(tmp_path / name, "photo"):
             common.Photos([tmp_path / name], 8)[0]
 
 
-def test_of_coco_what_is_asked_for_is_downloaded_and_in_order(server, data, tmp_path):
+def test_of_coco_what_is_asked_for_is_downloaded_and_in_order(
+    data, tmp_path, monkeypatch
+):
     """From its one archive of annotations; photos and classes are in the order of their ids."""
-    shutil.copytree(data / "coco" / "train2017", server / "train2017")
-    packed = server / "annotations" / "annotations_trainval2017.zip"
-    packed.parent.mkdir()
+    server = shutil.copytree(data / "coco", tmp_path / "server")
+    monkeypatch.setattr(common, "COCO_URL", server.as_uri() + "/")
     name = "annotations/instances_train2017.json"
-    with zipfile.ZipFile(packed, "w") as archive:
-        archive.write(data / "coco" / name, name)
+    text = (server / name).read_text().replace('"3.png"', '"../../3.png"')
+    with zipfile.ZipFile(
+        server / "annotations/annotations_trainval2017.zip", "w"
+    ) as archive:
+        archive.writestr(name, text)
     images, labels, names = common.load_coco(tmp_path, 32, limit=5, split="train2017")
     colours = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert images[:][..., 0, 0].tolist() == colours
@@ -598,45 +485,23 @@ def test_of_coco_what_is_asked_for_is_downloaded_and_in_order(server, data, tmp_
     photos = tmp_path / "coco" / "train2017"
     assert sorted(os.listdir(photos)) == [f"{i}.png" for i in range(5)]
     (server / "train2017" / "12.png").unlink()
-    with refused("404", f"put that file at {photos / '12.png'}"):
+    with refused(f"put that file at {photos / '12.png'}"):
         common.load_coco(tmp_path, 32, split="train2017")
-    downloaded = tmp_path / "coco" / "annotations" / packed.name
-    downloaded.write_bytes(packed.read_bytes()[:-50])
-    with refused(downloaded, "delete it"):
-        common.load_coco(tmp_path, 32, split="train2017")
-
-
-@pytest.mark.parametrize("name", ["../../x.png", "/x.png"])
-def test_no_photo_is_written_outside_its_folder(server, tmp_path, name):
-    (server / "val2017").mkdir()
-    (server / "val2017" / "x.png").touch()
-    content = {
-        "images": [{"id": 1, "file_name": name}],
-        "categories": [],
-        "annotations": [],
-    }
-    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(content))
-    common.load_coco(tmp_path, 32)
-    assert (tmp_path / "coco" / "val2017" / "x.png").exists()
-    assert len(list(tmp_path.rglob("x.png"))) == 2
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"image_id": 12', '"image_id": 99'),
-        ('"category_id": 60', '"category_id": 12'),
-        ('"images"', '"pictures"'),
+        ('"image_id": 1', '"image_id": 9'),
+        ("60", "12"),
         ("{", "\xff\xfe"),
-        ("{", "[" * 100_000),
+        ("{", "[" * 10**5),
     ],
 )
 def test_damaged_annotations_are_named(data, tmp_path, old, new):
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
     path.parent.mkdir(parents=True)
-    good = (data / "coco" / "annotations" / "instances_train2017.json").read_text()
+    good = (data / "coco" / "annotations" / "instances_val2017.json").read_text()
     path.write_text(good.replace(old, new), encoding="latin-1")
     with refused(path, "delete it"):
         common.load_coco(tmp_path, 32)
