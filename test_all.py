@@ -15,7 +15,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -53,8 +52,6 @@ def refused(*words, code=1):
         yield
     text = str(caught.value)
     assert caught.value.code == code, text
-    assert len(text.splitlines()) == 1
-    assert len(text) <= 400
     for word in words:
         assert str(word) in text, text
 
@@ -80,7 +77,7 @@ def difference(x, truth):
 def data(tmp_path_factory):
     """A data folder of made-up files in the real formats.
 
-    MNIST: 40 + 20 random digits. COCO: 16 + 4 photos of one colour, listed in no order, every
+    MNIST: 40 + 20 random digits. COCO: 16 + 4 photos of one colour, listed backwards, every
     fourth without a label, with the ids of COCO's 80 classes, which have gaps.
     """
     folder = tmp_path_factory.mktemp("data")
@@ -90,24 +87,24 @@ def data(tmp_path_factory):
         digits = np.random.default_rng(n).integers(0, 256, (n, 28, 28), np.uint8)
         header = struct.pack(">IIII", 0x0803, n, 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + digits.tobytes())
-        labels = bytes(i % 10 for i in range(n))
-        header = struct.pack(">II", 0x0801, n)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
+        labels = struct.pack(">II", 0x0801, n) + bytes(i % 10 for i in range(n))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     ids = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}, reverse=True)
     categories = [{"id": i, "name": f"name {i}"} for i in ids]
     colours = ["red", "lime", "blue", "black"]
     classes = [[60], [2, 90, 90], [80], []]
-    coco = folder / "coco"
-    (coco / "annotations").mkdir(parents=True)
+    (folder / "coco" / "annotations").mkdir(parents=True)
     for split, n in {"train2017": 16, "val2017": 4}.items():
-        (coco / split).mkdir()
+        photos = folder / "coco" / split
+        photos.mkdir()
         content = {"categories": categories, "images": [], "annotations": []}
         for i in reversed(range(n)):
             content["images"].append({"id": i, "file_name": f"{i}.png"})
-            Image.new("RGB", (50, 40 + i), colours[i % 4]).save(coco / split / f"{i}.png")
+            Image.new("RGB", (50, 40 + i), colours[i % 4]).save(photos / f"{i}.png")
             for category in classes[i % 4]:
                 content["annotations"].append({"image_id": i, "category_id": category})
-        (coco / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        path = folder / "coco" / "annotations" / f"instances_{split}.json"
+        path.write_text(json.dumps(content))
     return folder
 
 
@@ -123,29 +120,26 @@ def no_network(monkeypatch):
 # --- common
 
 
-@pytest.mark.parametrize(
-    ("problem", "code", "words"),
-    [
-        (common.Failure("no label\n 'cat'" + 999 * ".", 2), 2, "error: no label 'cat'"),
-        (OSError(28, "No space left on device"), 1, "No space left"),
-        (KeyboardInterrupt(), 130, "continue with --resume"),
-        (MemoryError(), 1, "--batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "--batch-size"),
-    ],
-)
-def test_an_error_ends_in_one_short_line_and_its_code(capsys, problem, code, words):
-    with pytest.raises(SystemExit) as caught:
-        common.run(Mock(side_effect=problem), "continue with --resume")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == code
-    assert words in line
-    assert len(line) < 450
-
-
-def test_a_bug_keeps_its_traceback_and_a_strange_letter_ends_no_run(monkeypatch):
+def test_an_error_ends_in_one_short_line_and_a_bug_in_its_traceback(capsys):
+    no_memory = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+    problems = {
+        common.Failure("no label\n 'cat'" + 999 * ".", 2): (2, "error: no label 'cat'"),
+        OSError(28, "No space left on device"): (1, "No space left"),
+        KeyboardInterrupt(): (130, "continue with --resume"),
+        MemoryError(): (1, "--batch-size"),
+        no_memory: (1, "--batch-size"),
+    }
+    for problem, (code, words) in problems.items():
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            common.run(Mock(side_effect=problem), "continue with --resume")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+        assert len(line) < 450
     with pytest.raises(RuntimeError, match="illegal memory access"):
         common.run(Mock(side_effect=RuntimeError("an illegal memory access")))
+
+
+def test_a_letter_that_stdout_cannot_show_ends_no_run(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
     common.run(lambda: print("runs/Łódź", flush=True))
@@ -161,8 +155,7 @@ def test_each_process_has_a_device_of_its_own_or_is_refused(monkeypatch, gpus):
     assert common.pick_device("auto").type == ("cuda" if gpus else "cpu")
     monkeypatch.setenv("LOCAL_RANK", "1")
     if gpus == 2:
-        assert common.pick_device("auto") == torch.device("cuda", 1)
-        torch.cuda.set_device.assert_called_with(1)
+        assert common.pick_device("cuda") == torch.device("cuda", 1)
     else:
         with refused("--device cuda", "process 1", "--device cpu", code=2):
             common.pick_device("cuda")
@@ -171,8 +164,8 @@ def test_each_process_has_a_device_of_its_own_or_is_refused(monkeypatch, gpus):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    clock = Mock(side_effect=range(10**6))  # a look takes a second
-    monkeypatch.setattr("tqdm.std.time", clock)
+    # a look at the clock takes a second
+    monkeypatch.setattr("tqdm.std.time", Mock(side_effect=range(10**6)))
     bar = common.progress(range(100), "training", miniters=1)
     for _ in bar:
         bar.set_postfix(critic=0.12, generator=0.34, refresh=False)
@@ -182,38 +175,27 @@ def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal)
     assert text.count("\n") == (0 if terminal else len(shown))
 
 
-def test_a_second_run_in_one_folder_is_refused(tmp_path):
+def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
     folder = tmp_path / "new" / "run"
-    with pytest.raises(KeyboardInterrupt), common.hold(folder):  # noqa: PT012
-        with refused("--out", folder, "another run"), common.hold(folder):
+    for _ in range(2):
+        with common.hold(folder), refused(folder, "another run"), common.hold(folder):
             pass
-        raise KeyboardInterrupt
-    with common.hold(folder):  # the first has ended
-        pass
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("unexpected pos"), OSError(28, "full")])
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, problem):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "checkpoint.pt"
     with common.whole_file(path) as file:
         file.write(b"old")
         assert not path.exists()
-    with refused(path, problem, "disk"), common.whole_file(path) as file:
-        file.write(b"ne")
-        raise problem
+    for problem in (RuntimeError("unexpected pos"), OSError(28, "full")):
+        with refused(path, problem, "disk"), common.whole_file(path) as file:
+            file.write(b"ne")
+            raise problem
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["checkpoint.pt"]
 
 
-class Hostile:
-    """Makes the folder "owned" when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
-def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     with refused(path, "absent", "; train it again"):
         common.load_checkpoint(path, "train it again")
@@ -222,50 +204,37 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
     assert common.load_checkpoint(path, "", "acwgan") == content
     with refused(path, "a checkpoint of transfer; train it again"):
         common.load_checkpoint(path, "train it again", "transfer")
-    for unsafe in (Hostile(), argparse.Namespace(lr=0.1)):
-        torch.save({"state_dict": {}, "args": unsafe}, path)
-        with refused(path, "holds a ", "state dict alone; train it again"):
-            common.load_checkpoint(path, "train it again")
-    assert not Path("owned").exists()
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=0.1)}, path)
+    with refused(path, "holds a argparse.Namespace", "state dict alone; train it again"):
+        common.load_checkpoint(path, "train it again")
 
 
-@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 40), (40, 40)])
-def test_wilsons_bounds_are_those_of_the_score_test(hits, n):
-    """At either bound, the hits are 1.96 standard errors of that rate away."""
-    rate = common.wilson(np.int64(hits), torch.tensor(n))
-    for sign, p in {1: rate["low"], -1: rate["high"]}.items():
-        deviation = sign * 1.959964 * (p * (1 - p) / n) ** 0.5
-        assert hits / n - p == pytest.approx(deviation, abs=1e-6)
+def test_a_rate_has_wilsons_interval():
+    """Of no hits, the score test's upper end is z^2 / (n + z^2), and z is 1.96."""
+    none = common.wilson(np.int64(0), torch.tensor(10))
+    assert common.cell(none) == "0.0% [0.0%, 27.8%]"
+    assert common.cell(common.wilson(5, 10)) == "50.0% [23.7%, 76.3%]"
+    assert common.cell(common.wilson(0, 0)) == "-"
 
 
-def test_a_table_is_aligned_and_shows_rates_with_intervals(capsys):
-    rows = [["none", common.wilson(0, 0), 3], ["pgd", common.wilson(5, 10), 0.123456]]
-    common.print_table(["attack", "rate", "L2"], rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "attack  rate                  L2    "
-    assert lines[1] == "none    -                     3     "
-    assert lines[2] == "pgd     50.0% [23.7%, 76.3%]  0.1235"
-
-
-@pytest.mark.parametrize("start", ["python", "torchrun --nproc-per-node 4"])
-def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch, start):
-    command = ["pgd_attack.py", "--target", "dining table", "--out", "runs/it's"]
+def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch):
+    command = ["asl_model.py", "--train", "--out", "runs/it's"]
     monkeypatch.setattr(sys, "argv", command)
-    if start != "python":
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    code = tmp_path / "it's"  # no shell may stumble over the name
-    monkeypatch.setattr(common, "__file__", str(code / "common.py"))
+    folder = tmp_path / "it's"  # no shell may stumble over the name
+    monkeypatch.setattr(common, "__file__", str(folder / "common.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     args = argparse.Namespace(out=tmp_path, seed=1)
     common.write_results(args, {"rate": 0.5}, dataset="glyphs")
     record = json.loads((tmp_path / "results.json").read_text())
-    assert shlex.split(record["command"]) == start.split() + command
+    torchrun = ["torchrun", "--nproc-per-node", "4"]
+    assert shlex.split(record["command"]) == torchrun + command
     assert record["settings"] == {"out": str(tmp_path), "seed": 1}
     assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, None)
     if shutil.which("git"):
-        subprocess.run(["git", "init", "-q", code], check=True)
-        git = f"git -C {shlex.quote(str(code))} -c user.name=x -c user.email=x"
-        subprocess.getoutput(f"{git} -c commit.gpgsign=false commit --allow-empty -m x")
+        subprocess.run(["git", "init", "-q", folder], check=True)
+        git = f"git -C {shlex.quote(str(folder))} -c user.name=x -c user.email=x"
+        subprocess.getoutput(f"{git} commit --no-gpg-sign --allow-empty -m x")
         revision = common.write_results(args, {})["git"]
         assert subprocess.getoutput(f"{git} rev-parse HEAD").startswith(revision)
 
@@ -276,19 +245,13 @@ def test_a_download_is_the_whole_file_or_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("content")
     with refused(url, f"put that file at {path}"):
         common.download(url, path, "00")
-    monkeypatch.setattr(common, "TIMEOUT", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        end = threading.Timer(15, silent.close)  # which would reset the connection
-        end.start()
-        with refused("timed out"):
-            common.download(f"http://127.0.0.1:{silent.getsockname()[1]}/file", path)
-        end.cancel()
-    with monkeypatch.context() as patch:
-        answer = io.BytesIO(b"content")
-        answer.headers = {"Content-Length": "8"}
-        patch.setattr("urllib.request.urlopen", Mock(return_value=answer))
-        with refused("whole file"):
-            common.download(url, path)
+    answer = io.BytesIO(b"content")
+    answer.headers = {"Content-Length": "8"}
+    with monkeypatch.context() as patch, refused("whole file"):
+        urlopen = Mock(return_value=answer)
+        patch.setattr("urllib.request.urlopen", urlopen)
+        common.download(url, path)
+    assert urlopen.call_args.kwargs == {"timeout": 20}
     assert not path.parent.exists()
     common.download(url, path, "ed7002b4")  # how the SHA-256 of "content" begins
     common.download(NOWHERE, path)  # which is there
@@ -300,25 +263,26 @@ def test_frechet_distance_is_its_closed_form(zeros):
     """Which it has for covariances that commute; that of few samples has zero eigenvalues."""
     rng = np.random.default_rng(SEED)
     basis = np.linalg.qr(rng.normal(size=(30, 30)))[0]
-    v1 = rng.uniform(0.1, 9, 30)
-    v2 = rng.uniform(0.1, 9, 30)
+    v1, v2 = rng.uniform(0.1, 9, (2, 30))
     mu = rng.normal(size=30)
     v1[:zeros] = 0
     closed = np.square(mu).sum() + np.square(np.sqrt(v1) - np.sqrt(v2)).sum()
-    ours = common.frechet_distance(mu, basis * v1 @ basis.T, 0 * mu, basis * v2 @ basis.T)
+    sigma1 = basis * v1 @ basis.T
+    sigma2 = basis * v2 @ basis.T
+    ours = common.frechet_distance(mu, sigma1, 0 * mu, sigma2)
     assert ours == pytest.approx(closed, rel=1e-9)
+    for wrong in (mu[1:], mu * np.nan):
+        with pytest.raises(ValueError):  # noqa: PT011
+            common.frechet_distance(wrong, sigma1, wrong, sigma2)
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "d"), [(6, 7, 12), (20, 15, 5), (4, 30, 9), (2, 2, 3)]
-)
+@pytest.mark.parametrize(("n", "m", "d"), [(6, 7, 12), (20, 15, 5), (4, 9, 7), (2, 2, 3)])
 def test_frechet_distance_torch_is_the_same_and_differentiable(n, m, d):
     stream = random_stream()
-    x = torch.randn(n, d, generator=stream, dtype=torch.float64).requires_grad_()
+    x = torch.randn(n, d, generator=stream, dtype=torch.float64)
     y = 2 * torch.randn(m, d, generator=stream, dtype=torch.float64)
-    truth = common.frechet_distance(
-        x.detach().mean(0), x.detach().T.cov(), y.mean(0), y.T.cov()
-    )
+    truth = common.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    x.requires_grad_()
     assert common.frechet_distance_torch(x, y).item() == pytest.approx(truth, rel=1e-6)
     assert torch.autograd.gradcheck(common.frechet_distance_torch, (x, y), atol=1e-6)
     distance = common.frechet_distance_torch(x, x.detach())  # 0 and flat
@@ -330,26 +294,13 @@ def test_frechet_distance_torch_is_the_same_and_differentiable(n, m, d):
     distance = common.frechet_distance_torch(x.requires_grad_(), y)
     gradient = torch.autograd.grad(distance, x)[0]
     assert common.frechet_distance_torch(x - 1e-3 * gradient, y) < distance
-
-
-def test_frechet_distances_refuse_other_shapes_and_nan():
-    mu = np.zeros(4)
-    sigma = np.eye(4)
-    with pytest.raises(ValueError, match=r"\(D, D\)"):
-        common.frechet_distance(mu[1:], sigma, mu[1:], sigma)
-    with pytest.raises(ValueError, match="NaN"):
-        common.frechet_distance(mu, sigma * np.nan, mu, sigma)
-    x = torch.rand(6, 4)
     for wrong in (x[:1], x * torch.nan):
         with pytest.raises(ValueError, match="finite"):
-            common.frechet_distance_torch(wrong, x)
+            common.frechet_distance_torch(wrong, y)
 
 
 def random_inception(path):
-    """Torchvision's Inception with 1,008 outputs and random weights, saved as published to `path`.
-
-    The default ones are so small that nothing is left of the images.
-    """
+    """Inception with random weights that leave something of the images, saved to `path`."""
     torch.manual_seed(SEED)
     network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     for module in network.modules():
@@ -359,27 +310,20 @@ def random_inception(path):
     return network.eval()
 
 
-def test_inception_is_tensorflows_and_refuses_other_images_and_weights(
-    tmp_path, monkeypatch
-):
+def test_inception_is_tensorflows_with_its_weights(tmp_path, monkeypatch):
     """Its features are those of torchvision's network whose pools are patched one by one."""
     path = tmp_path / "weights"
     network = random_inception(path)
     weights = network.state_dict()
     network.fc = nn.Identity()
     average = functools.partial(F.avg_pool2d, count_include_pad=False)
-    pools = [average] * 8 + [
-        F.max_pool2d
-    ]  # of the nine blocks that torchvision averages in
+    pools = iter([average] * 8 + [F.max_pool2d])  # of the nine blocks with a pool
     grey = torch.rand(2, 1, 40, 30, generator=random_stream())
     resized = F.interpolate(grey, (299, 299), mode="bilinear", align_corners=False)
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(
-            F, "avg_pool2d", lambda *args, **sizes: pools.pop(0)(*args, **sizes)
-        )
+        patch.setattr(F, "avg_pool2d", lambda *args, **sizes: next(pools)(*args, **sizes))
         truth = network(resized.expand(-1, 3, -1, -1) * 2 - 1)
     ours = common.inception_features(grey, path)
-    assert ours.shape == (2, 2048)
     assert difference(torch.from_numpy(ours), truth) < 1e-4
     for wrong in (grey + 1, grey - 1, grey * torch.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
@@ -393,9 +337,9 @@ def test_inception_is_tensorflows_and_refuses_other_images_and_weights(
 
 def test_mnist_is_read_byte_for_byte_or_replaced(data, tmp_path, capsys):
     images, labels = common.load_mnist(data, train=False)
+    assert torch.equal(labels, torch.arange(20) % 10)
     raw = np.random.default_rng(20).integers(0, 256, (20, 1, 28, 28), np.uint8)
     assert torch.equal(images, torch.from_numpy(raw).float() / 255)
-    assert torch.equal(labels, torch.arange(20) % 10)
     folder = shutil.copytree(data / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
     path = folder / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
@@ -410,101 +354,68 @@ def test_mnist_is_read_byte_for_byte_or_replaced(data, tmp_path, capsys):
 def test_glyphs_are_whole_digits_that_differ():
     state = torch.get_rng_state()
     images, labels = common.glyphs(123, SEED)
-    assert images.shape == (123, 1, 28, 28)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(labels, torch.arange(123) % 10)
-    assert images.min() == 0
     assert 0.9 < images.max() <= 1
     assert images[:, :, :1].mean() < 0.02  # the border cuts no digit off
     assert len(images.unique(dim=0)) == 123
-    assert not torch.equal(images, common.glyphs(123, SEED + 1)[0])
-    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_photo_is_squashed_and_shown_on_white(tmp_path):
+def test_a_photo_is_squashed_and_shown_on_white_or_refused(tmp_path):
     image = Image.new("RGB", (160, 80), "blue")
     image.paste("red", (40, 0, 120, 80))
     path = tmp_path / "x.tif"
     for mode in ("CMYK", "P", "RGBA"):
         image.convert(mode).save(path)
-        red, _, blue = common.Photos([path], 80)[0].mean(1).round()
+        red = common.Photos([path], 80)[0][0].mean(0).round()
         assert red.tolist() == [0] * 20 + [1] * 40 + [0] * 20
-        assert torch.equal(blue, 1 - red)
     image.putalpha(128)
     image.save(path)
-    assert common.Photos([path], 80)[0].mean() == pytest.approx(2 / 3, abs=0.01)
     crop = torchvision.transforms.CenterCrop(1)
     assert common.Photos([path], None, crop)[0].getpixel((0, 0)) == (255, 127, 127)
+    Image.new("I;16", (8, 8)).save(path)
+    for wrong in (path, tmp_path / "absent.jpg"):
+        with refused(wrong, "photo"):
+            common.Photos([wrong], 8)[0]
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_turned_though_its_exif_is_bad(tmp_path, orientation):
+def test_a_photo_is_turned_though_its_exif_is_bad(tmp_path):
     """Its resolution is a signed rational, which Pillow reads but cannot write."""
-    entries = (0x0112, 3, 1, orientation, 0x011A, 10, 1, 38, 0, -72, 1)
+    entries = (0x0112, 3, 1, 6, 0x011A, 10, 1, 38, 0, -72, 1)
     exif = b"Exif\0\0II" + struct.pack("<HIHHHIIHHIIIii", 42, 8, 2, *entries)
-    paths = [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"]
     noise = Image.effect_noise((16, 16), 99).convert("RGB")
-    noise.save(paths[0])
-    noise.save(paths[1], exif=exif)
+    noise.save(tmp_path / "stored.jpg")
+    noise.save(tmp_path / "tagged.jpg", exif=exif)
+    paths = [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"]
     stored, tagged = common.Photos(paths, 16)[:]
-    turned = stored.mT if orientation > 4 else stored
-    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}
-    assert torch.equal(tagged, turned.flip(flips.get(orientation, [])))
+    assert torch.equal(tagged, stored.rot90(-1, (1, 2)))
 
 
-def test_a_photo_that_cannot_be_shown_rightly_is_refused(tmp_path):
-    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(ramp).save(tmp_path / "16-bit.png")
-    image = Image.effect_noise((64, 64), 99)
-    image.save(tmp_path / "cut.png")
-    cut = (tmp_path / "cut.png").read_bytes()[:-500]
-    (tmp_path / "cut.png").write_bytes(cut)
-    for name in ("16-bit.png", "cut.png", "absent.jpg"):
-        with refused(tmp_path / name, "photo"):
-            common.Photos([tmp_path / name], 8)[0]
-
-
-def test_of_coco_what_is_asked_for_is_downloaded_and_in_order(
-    data, tmp_path, monkeypatch
-):
+def test_coco_is_downloaded_and_in_order(data, tmp_path, monkeypatch):
     """From its one archive of annotations; photos and classes are in the order of their ids."""
     server = shutil.copytree(data / "coco", tmp_path / "server")
     monkeypatch.setattr(common, "COCO_URL", server.as_uri() + "/")
     name = "annotations/instances_train2017.json"
     text = (server / name).read_text().replace('"3.png"', '"../../3.png"')
-    with zipfile.ZipFile(
-        server / "annotations/annotations_trainval2017.zip", "w"
-    ) as archive:
+    packed = server / "annotations" / "annotations_trainval2017.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr(name, text)
     images, labels, names = common.load_coco(tmp_path, 32, limit=5, split="train2017")
     colours = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert images[:][..., 0, 0].tolist() == colours
     present = [(row == 1).nonzero()[:, 0].tolist() for row in labels]
     assert present == [[54], [1, 79], [70], [], [54]]
-    assert len(names) == labels.shape[1] == 80
     assert names[54] == "name 60"  # which is COCO's donut
     photos = tmp_path / "coco" / "train2017"
     assert sorted(os.listdir(photos)) == [f"{i}.png" for i in range(5)]
     (server / "train2017" / "12.png").unlink()
     with refused(f"put that file at {photos / '12.png'}"):
         common.load_coco(tmp_path, 32, split="train2017")
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"image_id": 1', '"image_id": 9'),
-        ("60", "12"),
-        ("{", "\xff\xfe"),
-        ("{", "[" * 10**5),
-    ],
-)
-def test_damaged_annotations_are_named(data, tmp_path, old, new):
-    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
-    path.parent.mkdir(parents=True)
-    good = (data / "coco" / "annotations" / "instances_val2017.json").read_text()
-    path.write_text(good.replace(old, new), encoding="latin-1")
-    with refused(path, "delete it"):
-        common.load_coco(tmp_path, 32)
+    path = tmp_path / "coco" / name
+    for old, new in {'"image_id": 1': '"image_id": 9', "[": 10**5 * "["}.items():
+        path.write_text(text.replace(old, new))
+        with refused(path, "delete it"):
+            common.load_coco(tmp_path, 32, split="train2017")
 
 
 # --- week 1
@@ -3553,115 +3464,59 @@ def test_a_few_of_imagenets_photos_are_spread_over_the_classes(tmp_path):
 
 # --- the whole
 
-
-SCRIPTS = {
-    "acwgan": acwgan,
-    "transfer": transfer,
-    "asl_model": asl_model,
-    "pgd_attack": pgd_attack,
+MISUSE = {
+    acwgan: "--epochs 0, --critic-lr nan, --limit 1.5, --seed -1, --digit 10, --colour, "
+    "--dataset cifar, --out nowhere --resume, --out nowhere --sample 8",
+    transfer: "--target 3, --variant best, --steps 0, --limit 1",
+    asl_model: "--train --evaluate, --train --image-size 66, --evaluate --threshold 1, "
+    "--train --arch resnet, --train --dataset scenes --split val2017",
+    pgd_attack: "--eps 8/0, --eps -1, --eps nan, --eps 1e999, --eps 8/, --augment, "
+    "--loss l2, --model digits --weights x.pth, --sweep --restarts 3, --week 3 --sweep, "
+    "--week 5 --loss bce, --model asl --week 4, --image absent.jpg",
 }
 
-MISUSE = """
-acwgan: --epochs 0, --epochs many, --critic-lr -1, --critic-lr nan, --average 1, --dataset cifar
-acwgan: --colour, --limit 0, --limit 1.5, --seed -1, --seed 9999999999999, --digit 10, --digit 3
-acwgan: --out nowhere --resume, --out nowhere --sample 8
-transfer: --target 3, --variant best, --steps 0, --limit 1, --samples 1
-asl_model: --train --evaluate, --train --image-size 66, --evaluate --threshold 1
-asl_model: --train --arch resnet, --out nowhere --resume
-asl_model: --train --dataset scenes --split val2017, --evaluate --arch resnet18
-pgd_attack: --eps 8/0, --eps 0/8, --eps -1, --eps nan, --eps 1/2/3, --eps inf
-pgd_attack: --eps 1e999, --eps 8, --eps 8/
-pgd_attack: --threshold 1, --augment, --loss l2, --dataset imagenet, --steps 0
-pgd_attack: --model digits --weights x.pth
-pgd_attack: --split train2017, --sweep --restarts 3, --loss bce --restarts 3, --week 5 --restarts 0
-pgd_attack: --week 3 --sweep, --model resnet18 --week 5, --model asl --week 4
-pgd_attack: --model digits --dataset coco, --week 5 --loss bce, --image absent.jpg
-"""
 
-
-def misuses():
-    """(script, flags) of every entry of MISUSE."""
-    pairs = []
-    for line in MISUSE.strip().splitlines():
-        name, _, entries = line.partition(": ")
-        for flags in entries.split(", "):
-            pairs.append((name, flags))
-    return pairs
-
-
-@pytest.mark.parametrize(("name", "flags"), misuses())
-def test_misuse_ends_with_code_2_and_names_the_flag(
-    name, flags, tmp_path, monkeypatch, capsys
-):
-    """The last flag, or its value."""
+@pytest.mark.parametrize("script", MISUSE)
+def test_misuse_is_named_and_help_is_complete(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        SCRIPTS[name].settings(flags.split())
-    line = capsys.readouterr().err.splitlines()[-1]
-    named = re.findall(r"--[\w-]+", flags)[-1:] or flags.split()
-    assert named[0] in line, line
+    for flags in MISUSE[script].split(", "):
+        with pytest.raises(SystemExit, match="2"):
+            script.settings(flags.split())
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.findall(r"--[\w-]+", flags)[-1] in line
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_a_text_for_every_flag_and_no_none(name, capsys):
     with pytest.raises(SystemExit, match="0"):
-        SCRIPTS[name].settings(["--help"])
+        script.settings(["--help"])
     text = capsys.readouterr().out
+    assert "(default: data)" in text
     assert "None" not in text
-    assert "==SUPPRESS==" not in text
     assert not re.search(r"^  --\S+( [A-Z]+)?\n  --", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_run_as_one_ends_in_commons_handler(name, monkeypatch):
+@pytest.mark.parametrize("script", MISUSE)
+def test_a_script_ends_in_commons_handler_and_takes_the_readmes_commands(
+    script, monkeypatch
+):
+    """But no command that reads a file, which is not there."""
     monkeypatch.setattr(common, "run", Mock())
-    script = runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
-    assert common.run.call_args.args[0] == script["main"]
-
-
-def readme_commands():
-    """Every `python SCRIPT.py FLAGS` of the README, but those that read a file."""
+    run = runpy.run_path(script.__file__, run_name="__main__")
+    assert common.run.call_args.args[0] == run["main"]
     text = (HERE / "README.md").read_text(encoding="utf8")
-    pairs = set()
-    for name, flags in re.findall(r"python (\w+)\.py([^\n`#&|]*)", text):
+    commands = re.findall(rf"python {script.__name__}\.py([^\n`#&|]*)", text)
+    assert commands
+    for flags in commands:
         if not re.search(r"--resume|--sample\b|--image", flags):
-            pairs.add((name, flags.strip()))
-    return sorted(pairs)
-
-
-def test_the_readme_has_a_command_of_every_script():
-    assert {name for name, _ in readme_commands()} == set(SCRIPTS)
-
-
-@pytest.mark.parametrize(("name", "flags"), readme_commands())
-def test_a_command_of_the_readme_is_one_the_script_takes(name, flags):
-    SCRIPTS[name].settings(shlex.split(flags))
+            script.settings(shlex.split(flags))
 
 
 # --- peers: `pip install --no-deps timm==1.0.31 torchattacks==3.5.1 pytorch-fid==0.3.0`
 
 
-def test_peer_pytorch_fid_gives_the_same_distance():
-    fid_score = pytest.importorskip("pytorch_fid.fid_score")
-    rng = np.random.default_rng(SEED)
-    first = moments(rng.normal(size=(90, 12)))
-    second = moments(rng.normal(size=(70, 12)) * rng.uniform(0.1, 3, 12) + 1)
-    theirs = fid_score.calculate_frechet_distance(*first, *second)
-    assert common.frechet_distance(*first, *second) == pytest.approx(theirs, rel=1e-6)
-
-
-def test_peer_pytorch_fid_gives_the_same_features(tmp_path, monkeypatch):
+def test_peer_pytorch_fid_gives_the_same_features_and_distance(tmp_path, monkeypatch):
     """From random weights in the published format, which its own network reads, too."""
     peer = pytest.importorskip("pytorch_fid.inception")
-    torch.manual_seed(SEED)
-    network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight
-            )  # the default leaves nothing of the images
-    torch.save(network.state_dict(), tmp_path / "weights")
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    network = random_inception(tmp_path / "weights")
     weights = Mock(return_value=network.state_dict())
     monkeypatch.setattr(peer, "load_state_dict_from_url", weights)
     images = photo_like(3, 40)
@@ -3669,6 +3524,10 @@ def test_peer_pytorch_fid_gives_the_same_features(tmp_path, monkeypatch):
         theirs = peer.InceptionV3().eval()(images)[0].flatten(1)
     ours = torch.from_numpy(common.inception_features(images, tmp_path / "weights"))
     assert difference(ours, theirs) < 1e-4
+    x = np.random.default_rng(SEED).normal(size=(90, 12))
+    moments = [x.mean(0), np.cov(x.T), x[:70].mean(0) + 1, np.cov((x * x)[:70].T)]
+    theirs = fid_score.calculate_frechet_distance(*moments)
+    assert common.frechet_distance(*moments) == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("eps", [8 / 255, 0.3])
@@ -3676,10 +3535,10 @@ def test_peer_torchattacks_pgd_gives_the_same_images(eps):
     """In float64: in float32, rounding may turn the sign of a gradient near 0."""
     torchattacks = pytest.importorskip("torchattacks")
     torch.manual_seed(SEED)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3, 2), nn.Tanh(), nn.Flatten(1)
-    )
-    model = model.append(nn.Linear(72, 10)).double().eval()
+    first = nn.Conv2d(3, 8, 3, 2)
+    second = nn.Conv2d(8, 8, 3, 2)
+    layers = (first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(1), nn.Linear(72, 10))
+    model = nn.Sequential(*layers).double().eval()
     images = photo_like(6, 16).double()
     targets = torch.arange(6)
     theirs = torchattacks.PGD(model, eps=eps, alpha=2 / 255, steps=20, random_start=False)
