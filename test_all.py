@@ -156,7 +156,7 @@ def test_each_process_has_a_gpu_of_its_own_or_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", Mock(return_value=terminal))
     monkeypatch.setattr("tqdm.std.time", Mock(side_effect=range(10**6)))  # 1 s a look
     bar = common.progress(range(100), "training", miniters=1)
     for _ in bar:
@@ -394,13 +394,8 @@ def test_coco_is_downloaded_and_in_order(data, tmp_path, monkeypatch):
     images, labels, names = common.load_coco(tmp_path, 32, limit=5, split="train2017")
     colours = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert images[:][..., 0, 0].tolist() == colours
-    assert (labels == 1).nonzero().tolist() == [
-        [0, 54],
-        [1, 1],
-        [1, 79],
-        [2, 70],
-        [4, 54],
-    ]
+    present = (labels == 1).nonzero().tolist()
+    assert present == [[0, 54], [1, 1], [1, 79], [2, 70], [4, 54]]
     assert names[54] == "name 60"  # which is COCO's donut
     photos = tmp_path / "coco" / "train2017"
     assert sorted(os.listdir(photos)) == [f"{i}.png" for i in range(5)]
