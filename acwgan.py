@@ -10,8 +10,8 @@ often an independent classifier predicts the requested class, and how far sample
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
 A training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
-samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png, curves.png and
-results.json. With --sample, the script writes drawn.npz and drawn.png only.
+samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and results.json. With
+--sample, the script writes drawn.npz and drawn.png only.
 """
 
 import copy
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
@@ -39,7 +39,6 @@ DOUBLINGS = {28: 1, 64: 2}
 PENALTY_SHARE = 0.5
 SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv
-CURVE_IMAGES = 1000  # images drawn for each of the ten points of the curve
 # the same in every run, so that runs can be compared
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
 # A training only goes on from a checkpoint that was made with equal values of these flags,
@@ -52,11 +51,12 @@ DIVERGED = "the training diverged; start anew with lower --critic-lr and --gener
 
 def settings(argv=None):
     """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
-    datasets = ("auto", "mnist", "glyphs")
-    dataset_help = "auto: mnist, or glyphs where MNIST is not to be had"
-    limit_help = "train on the first N images"
     parser = common.parser(
-        __doc__, Path("runs/acwgan"), datasets, dataset_help, limit_help
+        __doc__,
+        Path("runs/acwgan"),
+        ("auto", "mnist", "glyphs"),
+        "auto: mnist, or glyphs where MNIST is not to be had",
+        "train on the first N images",
     )
     add = parser.add_argument
     number = common.number
@@ -115,15 +115,15 @@ class Generator(nn.Module):
         self.latent = latent
         self.start = image_size // scale
         self.project = nn.Linear(latent, channels * self.start**2, bias=False)
-        convolutions = [nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False)]
+        layers = [nn.BatchNorm2d(channels), nn.ReLU()]
+        layers.append(nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False))
         for _ in range(DOUBLINGS[image_size]):
             channels = channels // 2
-            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
-            convolutions.append(up)
-        convolutions.append(nn.Conv2d(width, 4, 3, 1, 1))
-        layers = []
-        for convolution in convolutions:
-            layers += [nn.BatchNorm2d(convolution.in_channels), nn.ReLU(), convolution]
+            layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+            layers.append(
+                nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
+            )
+        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1)]
         layers += [nn.PixelShuffle(2), nn.Sigmoid()]
         self.draw = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
@@ -250,15 +250,23 @@ def open_checkpoint(args, dataset, n):
     settings.update({"dataset": dataset, "limit": n})
     path = args.out / "checkpoint.pt"
     if args.force or not path.exists():
-        total = n // args.batch_size * args.epochs
-        start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
-        return {**start, "seconds": 0.0, "history": [], "curve": []}
+        return {
+            "kind": "acwgan",
+            "settings": settings,
+            "steps": 0,
+            "total_steps": n // args.batch_size * args.epochs,
+            "seconds": 0.0,
+            "history": [],
+        }
     checkpoint = load_checkpoint(path)
     must_match = {name: settings[name] for name in MUST_MATCH}
     common.require_same(path, checkpoint["settings"], must_match)
     if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
-        advice = "continue it with --resume, or start anew with --force"
-        raise common.Failure(f"{path} is an unfinished training; {advice}", 2)
+        raise common.Failure(
+            f"{path} is an unfinished training; continue it with --resume, "
+            "or start anew with --force",
+            2,
+        )
     return checkpoint
 
 
@@ -293,60 +301,47 @@ def update_average(average, generator, decay):
         mean.copy_(statistic)
 
 
-def load_training(args, checkpoint, device):
-    """The networks and optimisers, by their names in the checkpoint, at its position."""
-    torch.manual_seed(args.seed)
-    generator = Generator(args.latent, args.width, args.image_size).to(device)
-    critic = Critic(args.width, args.image_size).to(device)
-    average = copy.deepcopy(generator).requires_grad_(False)
-    betas = (0.0, args.beta2)
-    parts = {
-        "generator": generator,
-        "critic": critic,
-        "average": average.eval(),
-        "generator_adam": Adam(
-            generator.parameters(), args.generator_lr, betas, fused=True
-        ),
-        "critic_adam": Adam(critic.parameters(), args.critic_lr, betas, fused=True),
-    }
-    if checkpoint["steps"] > 0:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["random"])
-    return parts
-
-
-def train(args, checkpoint, images, labels, classifier, test_images):
+def train(args, checkpoint, images, labels):
     """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
 
     It goes on from `checkpoint` and brings it up to date. Every SAVE_EVERY steps and at the end,
     checkpoint.pt and history.csv are written.
     """
     device = images.device
-    parts = load_training(args, checkpoint, device)
-    generator = parts["generator"]
-    average = parts["average"]
-    critic = parts["critic"]
-    generator_adam = parts["generator_adam"]
-    critic_adam = parts["critic_adam"]
-
+    torch.manual_seed(args.seed)
+    generator = Generator(args.latent, args.width, args.image_size).to(device)
+    critic = Critic(args.width, args.image_size).to(device)
+    average = copy.deepcopy(generator).requires_grad_(False).eval()
+    betas = (0.0, args.beta2)
+    generator_adam = Adam(generator.parameters(), args.generator_lr, betas, fused=True)
+    critic_adam = Adam(critic.parameters(), args.critic_lr, betas, fused=True)
+    parts = {
+        "generator": generator,
+        "critic": critic,
+        "average": average,
+        "generator_adam": generator_adam,
+        "critic_adam": critic_adam,
+    }
     first_step = checkpoint["steps"]
+    if first_step > 0:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["random"])
+
     total = checkpoint["total_steps"]
     steps_per_epoch = total // args.epochs
-    curve_labels = torch.arange(CURVE_IMAGES, device=device) % CLASSES
-    test_features = features(classifier, test_images[:CURVE_IMAGES])
     start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
-        position = step % steps_per_epoch * args.batch_size
+        position = step % steps_per_epoch
         if position == 0 or step == first_step:
             # each epoch has its own seed, so that a training can resume within it
-            epoch = step // steps_per_epoch
-            stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            stream = torch.Generator()
+            stream.manual_seed(args.seed * 1_000_003 + step // steps_per_epoch)
             order = torch.randperm(len(images), generator=stream).to(device)
-        batch = order[position : position + args.batch_size]
-        real = resize(images[batch], args.image_size)
-        y = labels[batch]
+            batches = order.split(args.batch_size)
+        real = resize(images[batches[position]], args.image_size)
+        y = labels[batches[position]]
 
         # both step sizes fall linearly to zero
         critic_adam.param_groups[0]["lr"] = args.critic_lr * (1 - step / total)
@@ -371,20 +366,12 @@ def train(args, checkpoint, images, labels, classifier, test_images):
 
         checkpoint["steps"] = step + 1
         checkpoint["seconds"] = time.time() - start_time
-        is_last = step + 1 == total
         if step % LOG_EVERY == 0:
             row = {"step": step + 1, "seconds": checkpoint["seconds"]}
             for name, loss in losses.items():
                 row[name] = loss.item()
             checkpoint["history"].append(row)
-        if is_last or (step + 1) % math.ceil(total / 10) == 0:
-            _, point = measure(
-                average, curve_labels, args.seed, classifier, test_features
-            )
-            point["class_accuracy"] = point["class_accuracy"]["rate"]
-            point["epochs"] = (step + 1) / steps_per_epoch
-            checkpoint["curve"].append(point)
-        if is_last or (step + 1) % SAVE_EVERY == 0:
+        if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
             save_checkpoint(args.out, checkpoint, parts)
     return average
 
@@ -393,9 +380,8 @@ def save_checkpoint(out, checkpoint, parts):
     """Write checkpoint.pt, from which --resume continues bit for bit, and history.csv."""
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
-    checkpoint["random"] = (
-        torch.get_rng_state()
-    )  # the CPU's: all random numbers come from it
+    # the CPU's: all random numbers come from it
+    checkpoint["random"] = torch.get_rng_state()
     path = out / "checkpoint.pt"
     require_finite(path, checkpoint, DIVERGED)
     with common.whole_file(path) as file:
@@ -411,13 +397,9 @@ def resize(images, size):
 
 def in_batches(function, *tensors, size=100):
     """function(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
-    n = len(tensors[0])
-    # the curve is measured without a bar, as that of the training is on the same line
-    hidden = n <= CURVE_IMAGES
     results = []
-    for start in common.progress(
-        range(0, n, size), "images", disable=hidden, unit_scale=size
-    ):
+    starts = range(0, len(tensors[0]), size)
+    for start in common.progress(starts, "images", unit_scale=size):
         batch = [tensor[start : start + size] for tensor in tensors]
         results.append(function(*batch))
     return torch.cat(results)
@@ -480,11 +462,8 @@ def cached_classifier(path, network, images, labels, settings, attack=None):
         require_finite(path, cached, advice)
     if cached.get("settings") != settings:
         train_classifier(network, images, labels, settings, attack)
-        cached = {
-            "kind": "classifier",
-            "settings": settings,
-            "network": network.state_dict(),
-        }
+        cached = {"kind": "classifier", "settings": settings}
+        cached["network"] = network.state_dict()
         with common.whole_file(path) as file:
             torch.save(cached, file)
     network.load_state_dict(cached["network"])
@@ -532,37 +511,32 @@ def frechet(x, y):
     return common.frechet_distance(mean_x, covariance_x, mean_y, covariance_y)
 
 
-def measure(generator, labels, seed, classifier, test_features):
-    """Draw images (N, 1, 28, 28) of labels (N,); returns them and their two measures."""
-    images = generate(generator, labels, seed)
-    if not images.isfinite().all():
-        raise common.Failure(DIVERGED)
-    hits = predict(classifier, images).argmax(1) == labels
-    distance = frechet(features(classifier, images), test_features)
-    accuracy = common.wilson(hits.sum(), len(hits))
-    return images, {"class_accuracy": accuracy, "frechet_distance": distance}
-
-
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
     """Draw the samples (N, 1, 28, 28), classes equally often; returns them and the results.
 
     The Frechet distance is that of other samples, which have the classes of the held-out real
     images. The distance of these images themselves is what it can be compared with.
     """
+    requested = torch.arange(args.samples, device=images.device) % CLASSES
+    samples = generate(generator, requested, args.seed)
+    if not samples.isfinite().all():
+        raise common.Failure(DIVERGED)
+    hits = predict(classifier, samples).argmax(1) == requested
+    correct = predict(classifier, test_images).argmax(1) == test_labels
+
     n = classifier.training_images
     held_out = slice(n, n + args.samples)
+    matched = generate(generator, labels[held_out], args.seed)
     test_features = features(classifier, test_images)
+    distance = frechet(features(classifier, matched), test_features)
     real_distance = frechet(features(classifier, images[held_out]), test_features)
-    real_labels = labels[held_out]
-    _, matched = measure(generator, real_labels, args.seed, classifier, test_features)
-    requested = torch.arange(args.samples, device=images.device) % CLASSES
-    samples, results = measure(generator, requested, args.seed, classifier, test_features)
-    results["frechet_distance"] = matched["frechet_distance"]
-    results["frechet_distance_real"] = real_distance
-    results["frechet_ratio"] = matched["frechet_distance"] / real_distance
-    correct = predict(classifier, test_images).argmax(1) == test_labels
-    results["evaluation_accuracy"] = common.wilson(correct.sum(), len(correct))
-    return samples, results
+    return samples, {
+        "class_accuracy": common.wilson(hits.sum(), len(hits)),
+        "frechet_distance": distance,
+        "frechet_distance_real": real_distance,
+        "frechet_ratio": distance / real_distance,
+        "evaluation_accuracy": common.wilson(correct.sum(), len(correct)),
+    }
 
 
 def save_samples(path, images, labels, **more):
@@ -581,12 +555,6 @@ def grid(images, columns):
     return to_pil_image(page.cpu())
 
 
-def save_grid(path, images, columns):
-    """Write the `grid` of digits (N, 1, 28, 28) in [0, 1] as PNG."""
-    with common.whole_file(path) as file:
-        grid(images, columns).save(file, "png")
-
-
 def figure(generated, real):
     """The log's figure: 32 generated digits above 32 real ones with their labels."""
     caption = torch.zeros_like(real[:8])
@@ -598,73 +566,25 @@ def figure(generated, real):
     return page
 
 
-def round_ticks(values):
-    """Up to seven numbers, 1, 2, 2.5 or 5 times 10^k apart, that enclose lists of values."""
-    values = np.hstack(values)
-    low = values.min()
-    high = values.max()
-    if low == high:
-        low = high - 1
-    powers = 10.0 ** np.arange(-9, 10)
-    steps = np.outer(powers, [1, 2, 2.5, 5]).flatten()
-    step = steps[steps >= (high - low) / 5][0]
-    # a value that is a tick itself must not get another one beyond it by rounding
-    first = np.floor(low / step + 1e-6)
-    last = np.ceil(high / step - 1e-6)
-    return step * np.arange(first, last + 1)
-
-
-def plot(y_label, x_label, curves):
-    """A PIL image, 430 x 330, of curves {name: (xs, ys)} between axes that end at round numbers."""
-    page = Image.new("RGB", (430, 330), "white")
-    ink = ImageDraw.Draw(page)
-    ink.font = ImageFont.load_default(12)
-    top = 50 + 16 * (len(curves) // 2)  # below a legend of two columns
-    bottom = 285
-    x_ticks = round_ticks([xs for xs, _ in curves.values()])
-    y_ticks = round_ticks([ys for _, ys in curves.values()])
-    x_pixels = np.linspace(60, 410, len(x_ticks))
-    y_pixels = np.linspace(bottom, top, len(y_ticks))
-    ink.text((8, 6), y_label, "black")
-    ink.text((235, 326), x_label, "black", anchor="mb")
-    for x, tick in zip(x_pixels, x_ticks, strict=True):
-        ink.line((x, top, x, bottom), "lightgrey")
-        ink.text((x, 291), f"{tick:g}", "black", anchor="mt")
-    for y, tick in zip(y_pixels, y_ticks, strict=True):
-        ink.line((60, y, 410, y), "lightgrey")
-        ink.text((54, y), f"{tick:g}", "black", anchor="rm")
-    for i, (name, (xs, ys)) in enumerate(curves.items()):
-        colour = f"hsl({360 * i // len(curves)}, 80%, 40%)"
-        ink.text((60 + 180 * (i % 2), 24 + 16 * (i // 2)), name, colour)
-        x = np.interp(xs, x_ticks, x_pixels)
-        y = np.interp(ys, y_ticks, y_pixels)
-        points = list(zip(x, y, strict=True))
-        ink.line(points, colour, 2)
-        for point in points:
-            ink.circle(point, 3, colour)
-    return page
-
-
 def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
-    path = args.out / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
-    shape = {"latent": args.latent, "width": args.width, "image_size": args.image_size}
-    common.require_same(path, checkpoint["settings"], shape)
-    generator = Generator(**shape).to(device).eval()
+    checkpoint = load_checkpoint(args.out / "checkpoint.pt")
+    settings = checkpoint["settings"]
+    shape = (settings["latent"], settings["width"], settings["image_size"])
+    generator = Generator(*shape).to(device).eval()
     generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:
         labels.fill_(args.digit)
     images = generate(generator, labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
-    save_grid(args.out / "drawn.png", images[:1000], 20)
+    with common.whole_file(args.out / "drawn.png") as file:
+        grid(images[:1000], 20).save(file, "png")
     print(f"{args.sample} digits are in drawn.npz and drawn.png in {args.out}")
 
 
 def main(argv=None):
     """Train, draw samples, measure, write the files; returns what results.json holds."""
-    start_time = time.time()
     args = settings(argv)
     device = common.pick_device(args.device)
     if args.sample:
@@ -676,7 +596,7 @@ def main(argv=None):
         n = len(images)
         if n < max(
             args.batch_size, 12
-        ):  # a covariance needs two, a sixth, held-out images
+        ):  # a covariance needs two held-out images, a sixth
             raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         _, test_images, test_labels = common.load_digits(dataset, args.data, False)
@@ -690,10 +610,11 @@ def main(argv=None):
         test_labels = test_labels.to(device)
         classifier = evaluation_classifier(args.out, dataset, images, labels)
 
-        generator = train(args, checkpoint, images, labels, classifier, test_images)
+        generator = train(args, checkpoint, images, labels)
 
-        digits = (images, labels, test_images, test_labels)
-        samples, results = evaluate(args, generator, classifier, *digits)
+        samples, results = evaluate(
+            args, generator, classifier, images, labels, test_images, test_labels
+        )
         if args.inception:
             samples_inception = common.inception_features(samples, weights, device)
             results["fid"] = frechet(samples_inception, test_inception)
@@ -702,14 +623,6 @@ def main(argv=None):
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
-        curves = Image.new("RGB", (860, 330))
-        epochs = [point["epochs"] for point in checkpoint["curve"]]
-        for i, name in enumerate(("class_accuracy", "frechet_distance")):
-            values = [point[name] for point in checkpoint["curve"]]
-            curve = {"generated digits": (epochs, values)}
-            curves.paste(plot(name.replace("_", " "), "epochs", curve), (430 * i, 0))
-        with common.whole_file(args.out / "curves.png") as file:
-            curves.save(file, "png")
         record = common.write_results(
             args,
             results,
@@ -718,9 +631,6 @@ def main(argv=None):
             device=str(device),
             steps=checkpoint["steps"],
             training_seconds=checkpoint["seconds"],
-            steps_per_second=checkpoint["steps"] / checkpoint["seconds"],
-            curve=checkpoint["curve"],
-            seconds=time.time() - start_time,
         )
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record
