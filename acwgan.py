@@ -2,8 +2,8 @@
 
 The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
 whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
-1610.09585), and showed 32 samples. This script trains one and draws that figure. It measures how
-often an independent classifier predicts the requested class, and how far samples are from MNIST.
+1610.09585), and showed 32 samples. This script trains one, draws that figure, and measures how
+often an independent classifier predicts the requested class and how far samples are from MNIST.
 
     python acwgan.py                              train; takes minutes on two CPU cores
     python acwgan.py --resume                     continue an interrupted training
@@ -41,12 +41,9 @@ SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv
 # the same in every run, so that runs can be compared
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
-# A training only goes on from a checkpoint that was made with equal values of these flags,
-MUST_MATCH = ("dataset", "limit", "seed", "epochs", "batch_size", "critic_steps", "beta2")
-MUST_MATCH += ("critic_lr", "generator_lr", "latent", "image_size", "width", "average")
-# and takes over its values of these, unless they are given anew.
-MAY_CHANGE = ("data", "device", "samples", "inception")
-DIVERGED = "the training diverged; start anew with lower --critic-lr and --generator-lr"
+# A training only goes on from a checkpoint that was made with equal values of these flags.
+MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "generator_lr")
+MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
 
 
 def settings(argv=None):
@@ -74,12 +71,7 @@ def settings(argv=None):
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
     add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
     add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
-    add(
-        "--samples",
-        type=number(int, 10),
-        default=10_000,
-        help="images to draw and measure",
-    )
+    add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
     add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
     add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
@@ -88,8 +80,8 @@ def settings(argv=None):
         parser.error("--digit needs --sample N")
     if args.resume or args.sample:
         path = args.out / "checkpoint.pt"
-        if args.force or not path.exists():
-            parser.error(f"--resume and --sample need {path}, and no --force")
+        if not path.exists():
+            parser.error(f"--resume and --sample need {path}")
         parser.set_defaults(**load_checkpoint(path)["settings"])
         args = parser.parse_args(argv)
     return args
@@ -115,22 +107,22 @@ class Generator(nn.Module):
         self.latent = latent
         self.start = image_size // scale
         self.project = nn.Linear(latent, channels * self.start**2, bias=False)
-        layers = [nn.BatchNorm2d(channels), nn.ReLU()]
-        layers.append(nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False))
+        convolutions = [nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False)]
         for _ in range(DOUBLINGS[image_size]):
-            channels = channels // 2
-            layers += [nn.BatchNorm2d(channels), nn.ReLU()]
-            layers.append(
-                nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
-            )
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3, 1, 1)]
+            channels //= 2
+            up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
+            convolutions.append(up)
+        convolutions.append(nn.Conv2d(width, 4, 3, 1, 1))
+        layers = []
+        for convolution in convolutions:
+            layers += [nn.BatchNorm2d(convolution.in_channels), nn.ReLU(), convolution]
         layers += [nn.PixelShuffle(2), nn.Sigmoid()]
         self.draw = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
         one_hot = F.one_hot(labels, CLASSES).to(latent)
         code = torch.cat([one_hot, latent[:, CLASSES:]], 1)
-        maps = self.project(code).view(len(code), -1, self.start, self.start)
+        maps = self.project(code).unflatten(1, (-1, self.start, self.start))
         return self.draw(maps.contiguous(memory_format=torch.channels_last))
 
 
@@ -148,8 +140,8 @@ class Critic(nn.Module):
         side = image_size // 2
         for _ in range(DOUBLINGS[image_size]):
             layers.append(nn.Conv2d(width, 2 * width, 4, 2, 1))
-            width = 2 * width
-            side = side // 2
+            width *= 2
+            side //= 2
         layers.append(nn.Conv2d(width, 2 * width, 3, 1, 1))
         self.layers = nn.ModuleList(layers).to(memory_format=torch.channels_last)
         self.heads = nn.Linear(2 * width * side**2, 1 + CLASSES)
@@ -246,40 +238,25 @@ def load_checkpoint(path):
 
 def open_checkpoint(args, dataset, n):
     """The checkpoint in --out, or that of a new training, for n images of a data set."""
-    settings = {name: getattr(args, name) for name in MUST_MATCH + MAY_CHANGE}
-    settings.update({"dataset": dataset, "limit": n})
+    settings = {"dataset": dataset, "limit": n}
+    for name in MUST_MATCH:
+        settings[name] = getattr(args, name)
     path = args.out / "checkpoint.pt"
-    if args.force or not path.exists():
-        return {
-            "kind": "acwgan",
-            "settings": settings,
-            "steps": 0,
-            "total_steps": n // args.batch_size * args.epochs,
-            "seconds": 0.0,
-            "history": [],
-        }
-    checkpoint = load_checkpoint(path)
-    must_match = {name: settings[name] for name in MUST_MATCH}
-    common.require_same(path, checkpoint["settings"], must_match)
-    if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
-        raise common.Failure(
-            f"{path} is an unfinished training; continue it with --resume, "
-            "or start anew with --force",
-            2,
-        )
-    return checkpoint
+    if path.exists() and not args.force:
+        checkpoint = load_checkpoint(path)
+        common.require_same(path, checkpoint["settings"], settings)
+        return checkpoint
+    # --resume takes over these values, too, unless they are given anew
+    for name in ("data", "device", "samples", "inception"):
+        settings[name] = getattr(args, name)
+    total = n // args.batch_size * args.epochs
+    start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
+    return {**start, "seconds": 0.0, "history": []}
 
 
 def autocast(device):
     """Compute in bfloat16 where `device` multiplies it in hardware, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
-
-
-def draw_batch(generator, labels):
-    """Images for labels (N,), of latents from the run's own random numbers."""
-    latent = torch.randn(len(labels), generator.latent).to(labels.device)
-    with autocast(labels.device):
-        return generator(latent, labels).float()
 
 
 def critic_step(critic, adam, real, labels, fake):
@@ -304,8 +281,7 @@ def update_average(average, generator, decay):
 def train(args, checkpoint, images, labels):
     """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
 
-    It goes on from `checkpoint` and brings it up to date. Every SAVE_EVERY steps and at the end,
-    checkpoint.pt and history.csv are written.
+    It goes on from `checkpoint`, and brings it up to date in memory and in --out.
     """
     device = images.device
     torch.manual_seed(args.seed)
@@ -313,8 +289,8 @@ def train(args, checkpoint, images, labels):
     critic = Critic(args.width, args.image_size).to(device)
     average = copy.deepcopy(generator).requires_grad_(False).eval()
     betas = (0.0, args.beta2)
-    generator_adam = Adam(generator.parameters(), args.generator_lr, betas, fused=True)
-    critic_adam = Adam(critic.parameters(), args.critic_lr, betas, fused=True)
+    generator_adam = Adam(generator.parameters(), betas=betas, fused=True)
+    critic_adam = Adam(critic.parameters(), betas=betas, fused=True)
     parts = {
         "generator": generator,
         "critic": critic,
@@ -349,14 +325,13 @@ def train(args, checkpoint, images, labels):
 
         # As in the log, all critic steps see the same real images. The last one shares its
         # fake images with the generator's step, which saves a pass through the generator.
-        for _ in range(args.critic_steps - 1):
-            with torch.no_grad():
-                critic_fake = draw_batch(generator, y)
-            critic_step(critic, critic_adam, real, y, critic_fake)
-        shared_fake = draw_batch(generator, y)
-        losses = critic_step(critic, critic_adam, real, y, shared_fake.detach())
+        for _ in range(args.critic_steps):
+            latent = torch.randn(len(y), args.latent).to(device)
+            with autocast(device):
+                fake = generator(latent, y).float()
+            losses = critic_step(critic, critic_adam, real, y, fake.detach())
         with autocast(device):
-            losses["generator"] = generator_loss(critic, shared_fake, y)
+            losses["generator"] = generator_loss(critic, fake, y)
         generator_adam.zero_grad()
         losses["generator"].backward(inputs=list(generator.parameters()))
         generator_adam.step()
@@ -364,14 +339,14 @@ def train(args, checkpoint, images, labels):
         # the average is short at first: a long one would keep the noise of the start
         update_average(average, generator, min(args.average, 1 - 8 / (step + 9)))
 
-        checkpoint["steps"] = step + 1
-        checkpoint["seconds"] = time.time() - start_time
         if step % LOG_EVERY == 0:
-            row = {"step": step + 1, "seconds": checkpoint["seconds"]}
+            row = {"step": step + 1}
             for name, loss in losses.items():
                 row[name] = loss.item()
             checkpoint["history"].append(row)
         if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
+            checkpoint["steps"] = step + 1
+            checkpoint["seconds"] = time.time() - start_time
             save_checkpoint(args.out, checkpoint, parts)
     return average
 
@@ -380,10 +355,10 @@ def save_checkpoint(out, checkpoint, parts):
     """Write checkpoint.pt, from which --resume continues bit for bit, and history.csv."""
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
-    # the CPU's: all random numbers come from it
-    checkpoint["random"] = torch.get_rng_state()
+    checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
     path = out / "checkpoint.pt"
-    require_finite(path, checkpoint, DIVERGED)
+    advice = "the training diverged; start anew with lower --critic-lr and --generator-lr"
+    require_finite(path, checkpoint, advice)
     with common.whole_file(path) as file:
         torch.save(checkpoint, file)
     common.write_csv(out / "history.csv", checkpoint["history"])
@@ -424,11 +399,10 @@ def train_classifier(network, images, labels, settings, attack=None):
     shift = settings.get("shift", 0)
     n = len(images)
     batch_size = min(128, n)
-    # a small data set is repeated until there are some 300 steps
-    epochs = max(settings["epochs"], 300 * batch_size // n)
     stream = torch.Generator().manual_seed(settings["seed"])
     batches = []
-    for _ in range(epochs):
+    # a small data set is repeated until there are some 300 steps
+    for _ in range(max(settings["epochs"], 300 * batch_size // n)):
         order = torch.randperm(n, generator=stream)[: n // batch_size * batch_size]
         batches.extend(order.to(images.device).split(batch_size))
     adam = AdamW(network.parameters(), weight_decay=0.01, fused=True)
@@ -481,12 +455,8 @@ def evaluation_classifier(out, dataset, images, labels):
         torch.manual_seed(EVALUATION["seed"])
         network = EvaluationClassifier().to(images.device)
     network.training_images = n
-    settings = {
-        "network": "EvaluationClassifier",
-        "dataset": dataset,
-        "images": n,
-        **EVALUATION,
-    }
+    settings = {"network": "EvaluationClassifier", "dataset": dataset, "images": n}
+    settings.update(EVALUATION)
     path = out / "evaluation_classifier.pt"
     return cached_classifier(path, network, images[:n], labels[:n], settings)
 
@@ -504,39 +474,47 @@ def features(classifier, images):
 
 def frechet(x, y):
     """The Frechet distance of features x (N, D) and y (M, D), two arrays."""
-    covariance_x = np.cov(x, rowvar=False)
-    covariance_y = np.cov(y, rowvar=False)
-    mean_x = x.mean(0, dtype=np.float64)
-    mean_y = y.mean(0, dtype=np.float64)
-    return common.frechet_distance(mean_x, covariance_x, mean_y, covariance_y)
+    moments = []
+    for sample in (x, y):
+        moments += [sample.mean(0, dtype=np.float64), np.cov(sample, rowvar=False)]
+    return common.frechet_distance(*moments)
+
+
+def accuracy(classifier, images, labels):
+    """How many of the images (N, 1, 28, 28) the classifier gives their labels (N,)."""
+    hits = predict(classifier, images).argmax(1) == labels
+    return common.wilson(hits.sum(), len(hits))
 
 
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
-    """Draw the samples (N, 1, 28, 28), classes equally often; returns them and the results.
+    """Draw and save the samples, classes equally often; returns the results.
 
     The Frechet distance is that of other samples, which have the classes of the held-out real
     images. The distance of these images themselves is what it can be compared with.
     """
     requested = torch.arange(args.samples, device=images.device) % CLASSES
     samples = generate(generator, requested, args.seed)
-    if not samples.isfinite().all():
-        raise common.Failure(DIVERGED)
-    hits = predict(classifier, samples).argmax(1) == requested
-    correct = predict(classifier, test_images).argmax(1) == test_labels
-
+    save_samples(args.out / "samples.npz", samples, requested)
     n = classifier.training_images
     held_out = slice(n, n + args.samples)
     matched = generate(generator, labels[held_out], args.seed)
     test_features = features(classifier, test_images)
     distance = frechet(features(classifier, matched), test_features)
     real_distance = frechet(features(classifier, images[held_out]), test_features)
-    return samples, {
-        "class_accuracy": common.wilson(hits.sum(), len(hits)),
+    results = {
+        "class_accuracy": accuracy(classifier, samples, requested),
         "frechet_distance": distance,
         "frechet_distance_real": real_distance,
         "frechet_ratio": distance / real_distance,
-        "evaluation_accuracy": common.wilson(correct.sum(), len(correct)),
+        "evaluation_accuracy": accuracy(classifier, test_images, test_labels),
     }
+    if args.inception:
+        weights = Path(args.data, common.INCEPTION)
+        common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+        generated = common.inception_features(samples, weights, images.device)
+        real = common.inception_features(test_images, weights, images.device)
+        results["fid"] = frechet(generated, real)
+    return results
 
 
 def save_samples(path, images, labels, **more):
@@ -570,9 +548,9 @@ def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
     checkpoint = load_checkpoint(args.out / "checkpoint.pt")
     settings = checkpoint["settings"]
-    shape = (settings["latent"], settings["width"], settings["image_size"])
-    generator = Generator(*shape).to(device).eval()
+    generator = Generator(settings["latent"], settings["width"], settings["image_size"])
     generator.load_state_dict(checkpoint["average"])
+    generator.to(device).eval()
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:
         labels.fill_(args.digit)
@@ -594,32 +572,20 @@ def main(argv=None):
             args.dataset, args.data, True, args.limit
         )
         n = len(images)
-        if n < max(
-            args.batch_size, 12
-        ):  # a covariance needs two held-out images, a sixth
+        # a covariance needs two of the held-out images, which are a sixth
+        if n < max(args.batch_size, 12):
             raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-        if args.inception:  # before the training, so that damaged weights are noticed
-            weights = Path(args.data, common.INCEPTION)
-            common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-            test_inception = common.inception_features(test_images, weights, device)
         images = images.to(device)
         labels = labels.to(device)
         test_images = test_images.to(device)
         test_labels = test_labels.to(device)
         classifier = evaluation_classifier(args.out, dataset, images, labels)
-
         generator = train(args, checkpoint, images, labels)
-
-        samples, results = evaluate(
+        results = evaluate(
             args, generator, classifier, images, labels, test_images, test_labels
         )
-        if args.inception:
-            samples_inception = common.inception_features(samples, weights, device)
-            results["fid"] = frechet(samples_inception, test_inception)
-        requested = torch.arange(args.samples) % CLASSES
-        save_samples(args.out / "samples.npz", samples, requested)
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
@@ -629,7 +595,6 @@ def main(argv=None):
             dataset=dataset,
             dataset_size=n,
             device=str(device),
-            steps=checkpoint["steps"],
             training_seconds=checkpoint["seconds"],
         )
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
