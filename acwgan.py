@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import common
 
@@ -89,8 +89,7 @@ def settings(argv=None):
 
 def leaky_relu(x):
     """max(x, x / 5). PyTorch's own sends a second derivative, all zeros, through the network."""
-    slope = x.detach().sign().mul_(0.4).add_(0.6)
-    return x * slope
+    return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
 class Generator(nn.Module):
@@ -246,7 +245,7 @@ def open_checkpoint(args, dataset, n):
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
         return checkpoint
-    # --resume takes over these values, too, unless they are given anew
+    # --resume takes over these values too, unless they are given anew
     for name in ("data", "device", "samples", "inception"):
         settings[name] = getattr(args, name)
     total = n // args.batch_size * args.epochs
@@ -340,10 +339,8 @@ def train(args, checkpoint, images, labels):
         update_average(average, generator, min(args.average, 1 - 8 / (step + 9)))
 
         if step % LOG_EVERY == 0:
-            row = {"step": step + 1}
-            for name, loss in losses.items():
-                row[name] = loss.item()
-            checkpoint["history"].append(row)
+            row = {name: loss.item() for name, loss in losses.items()}
+            checkpoint["history"].append({"step": step + 1, **row})
         if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
             checkpoint["steps"] = step + 1
             checkpoint["seconds"] = time.time() - start_time
@@ -481,7 +478,7 @@ def frechet(x, y):
 
 
 def accuracy(classifier, images, labels):
-    """How many of the images (N, 1, 28, 28) the classifier gives their labels (N,)."""
+    """The rate of images (N, 1, 28, 28) to which the classifier gives their labels (N,)."""
     hits = predict(classifier, images).argmax(1) == labels
     return common.wilson(hits.sum(), len(hits))
 
@@ -528,9 +525,8 @@ def save_samples(path, images, labels, **more):
 def grid(images, columns):
     """A PIL image of digits (N, 1, 28, 28) in [0, 1], each of their pixels three wide."""
     large = F.interpolate(images, scale_factor=3)
-    page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
-    page = (page * 255).round().byte()
-    return to_pil_image(page.cpu())
+    page = make_grid(large, columns, pad_value=0.3)
+    return to_pil_image((page * 255).round().byte().cpu())
 
 
 def figure(generated, real):
@@ -550,11 +546,10 @@ def draw(args, device):
     settings = checkpoint["settings"]
     generator = Generator(settings["latent"], settings["width"], settings["image_size"])
     generator.load_state_dict(checkpoint["average"])
-    generator.to(device).eval()
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:
         labels.fill_(args.digit)
-    images = generate(generator, labels, args.seed)
+    images = generate(generator.to(device).eval(), labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
     with common.whole_file(args.out / "drawn.png") as file:
         grid(images[:1000], 20).save(file, "png")
