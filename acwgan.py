@@ -2,16 +2,16 @@
 
 The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
 whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
-1610.09585), and showed 32 samples. This script trains one and draws that figure. It measures how
-often an independent classifier predicts the requested class, and how far samples are from MNIST.
+1610.09585), and showed 32 samples. This script trains one, draws that figure, and measures how
+often an independent classifier predicts the requested class and how far samples are from MNIST.
 
     python acwgan.py                              train; takes minutes on two CPU cores
     python acwgan.py --resume                     continue an interrupted training
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
 A training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
-samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png, curves.png and
-results.json. With --sample, the script writes drawn.npz and drawn.png only.
+samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and results.json. With
+--sample, the script writes drawn.npz and drawn.png only.
 """
 
 import copy
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import common
 
@@ -39,24 +39,21 @@ DOUBLINGS = {28: 1, 64: 2}
 PENALTY_SHARE = 0.5
 SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv
-CURVE_IMAGES = 1000  # images drawn for each of the ten points of the curve
 # the same in every run, so that runs can be compared
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
-# A training only goes on from a checkpoint that was made with equal values of these flags,
-MUST_MATCH = ("dataset", "limit", "seed", "epochs", "batch_size", "critic_steps", "beta2")
-MUST_MATCH += ("critic_lr", "generator_lr", "latent", "image_size", "width", "average")
-# and takes over its values of these, unless they are given anew.
-MAY_CHANGE = ("data", "device", "samples", "inception")
-DIVERGED = "the training diverged; start anew with lower --critic-lr and --generator-lr"
+# A training only goes on from a checkpoint that was made with equal values of these flags.
+MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "generator_lr")
+MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
 
 
 def settings(argv=None):
     """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
-    datasets = ("auto", "mnist", "glyphs")
-    dataset_help = "auto: mnist, or glyphs where MNIST is not to be had"
-    limit_help = "train on the first N images"
     parser = common.parser(
-        __doc__, Path("runs/acwgan"), datasets, dataset_help, limit_help
+        __doc__,
+        Path("runs/acwgan"),
+        ("auto", "mnist", "glyphs"),
+        "auto: mnist, or glyphs where MNIST is not to be had",
+        "train on the first N images",
     )
     add = parser.add_argument
     number = common.number
@@ -74,12 +71,7 @@ def settings(argv=None):
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
     add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
     add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
-    add(
-        "--samples",
-        type=number(int, 10),
-        default=10_000,
-        help="images to draw and measure",
-    )
+    add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
     add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
     add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
@@ -88,8 +80,8 @@ def settings(argv=None):
         parser.error("--digit needs --sample N")
     if args.resume or args.sample:
         path = args.out / "checkpoint.pt"
-        if args.force or not path.exists():
-            parser.error(f"--resume and --sample need {path}, and no --force")
+        if not path.exists():
+            parser.error(f"--resume and --sample need {path}")
         parser.set_defaults(**load_checkpoint(path)["settings"])
         args = parser.parse_args(argv)
     return args
@@ -97,8 +89,7 @@ def settings(argv=None):
 
 def leaky_relu(x):
     """max(x, x / 5). PyTorch's own sends a second derivative, all zeros, through the network."""
-    slope = x.detach().sign().mul_(0.4).add_(0.6)
-    return x * slope
+    return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
 class Generator(nn.Module):
@@ -117,7 +108,7 @@ class Generator(nn.Module):
         self.project = nn.Linear(latent, channels * self.start**2, bias=False)
         convolutions = [nn.Conv2d(channels, channels // 2, 3, 1, 1, bias=False)]
         for _ in range(DOUBLINGS[image_size]):
-            channels = channels // 2
+            channels //= 2
             up = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
             convolutions.append(up)
         convolutions.append(nn.Conv2d(width, 4, 3, 1, 1))
@@ -130,7 +121,7 @@ class Generator(nn.Module):
     def forward(self, latent, labels):
         one_hot = F.one_hot(labels, CLASSES).to(latent)
         code = torch.cat([one_hot, latent[:, CLASSES:]], 1)
-        maps = self.project(code).view(len(code), -1, self.start, self.start)
+        maps = self.project(code).unflatten(1, (-1, self.start, self.start))
         return self.draw(maps.contiguous(memory_format=torch.channels_last))
 
 
@@ -148,8 +139,8 @@ class Critic(nn.Module):
         side = image_size // 2
         for _ in range(DOUBLINGS[image_size]):
             layers.append(nn.Conv2d(width, 2 * width, 4, 2, 1))
-            width = 2 * width
-            side = side // 2
+            width *= 2
+            side //= 2
         layers.append(nn.Conv2d(width, 2 * width, 3, 1, 1))
         self.layers = nn.ModuleList(layers).to(memory_format=torch.channels_last)
         self.heads = nn.Linear(2 * width * side**2, 1 + CLASSES)
@@ -246,32 +237,25 @@ def load_checkpoint(path):
 
 def open_checkpoint(args, dataset, n):
     """The checkpoint in --out, or that of a new training, for n images of a data set."""
-    settings = {name: getattr(args, name) for name in MUST_MATCH + MAY_CHANGE}
-    settings.update({"dataset": dataset, "limit": n})
+    settings = {"dataset": dataset, "limit": n}
+    for name in MUST_MATCH:
+        settings[name] = getattr(args, name)
     path = args.out / "checkpoint.pt"
-    if args.force or not path.exists():
-        total = n // args.batch_size * args.epochs
-        start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
-        return {**start, "seconds": 0.0, "history": [], "curve": []}
-    checkpoint = load_checkpoint(path)
-    must_match = {name: settings[name] for name in MUST_MATCH}
-    common.require_same(path, checkpoint["settings"], must_match)
-    if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
-        advice = "continue it with --resume, or start anew with --force"
-        raise common.Failure(f"{path} is an unfinished training; {advice}", 2)
-    return checkpoint
+    if path.exists() and not args.force:
+        checkpoint = load_checkpoint(path)
+        common.require_same(path, checkpoint["settings"], settings)
+        return checkpoint
+    # --resume takes over these values too, unless they are given anew
+    for name in ("data", "device", "samples", "inception"):
+        settings[name] = getattr(args, name)
+    total = n // args.batch_size * args.epochs
+    start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
+    return {**start, "seconds": 0.0, "history": []}
 
 
 def autocast(device):
     """Compute in bfloat16 where `device` multiplies it in hardware, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
-
-
-def draw_batch(generator, labels):
-    """Images for labels (N,), of latents from the run's own random numbers."""
-    latent = torch.randn(len(labels), generator.latent).to(labels.device)
-    with autocast(labels.device):
-        return generator(latent, labels).float()
 
 
 def critic_step(critic, adam, real, labels, fake):
@@ -293,60 +277,46 @@ def update_average(average, generator, decay):
         mean.copy_(statistic)
 
 
-def load_training(args, checkpoint, device):
-    """The networks and optimisers, by their names in the checkpoint, at its position."""
+def train(args, checkpoint, images, labels):
+    """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
+
+    It goes on from `checkpoint`, and brings it up to date in memory and in --out.
+    """
+    device = images.device
     torch.manual_seed(args.seed)
     generator = Generator(args.latent, args.width, args.image_size).to(device)
     critic = Critic(args.width, args.image_size).to(device)
-    average = copy.deepcopy(generator).requires_grad_(False)
+    average = copy.deepcopy(generator).requires_grad_(False).eval()
     betas = (0.0, args.beta2)
+    generator_adam = Adam(generator.parameters(), betas=betas, fused=True)
+    critic_adam = Adam(critic.parameters(), betas=betas, fused=True)
     parts = {
         "generator": generator,
         "critic": critic,
-        "average": average.eval(),
-        "generator_adam": Adam(
-            generator.parameters(), args.generator_lr, betas, fused=True
-        ),
-        "critic_adam": Adam(critic.parameters(), args.critic_lr, betas, fused=True),
+        "average": average,
+        "generator_adam": generator_adam,
+        "critic_adam": critic_adam,
     }
-    if checkpoint["steps"] > 0:
+    first_step = checkpoint["steps"]
+    if first_step > 0:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random"])
-    return parts
 
-
-def train(args, checkpoint, images, labels, classifier, test_images):
-    """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
-
-    It goes on from `checkpoint` and brings it up to date. Every SAVE_EVERY steps and at the end,
-    checkpoint.pt and history.csv are written.
-    """
-    device = images.device
-    parts = load_training(args, checkpoint, device)
-    generator = parts["generator"]
-    average = parts["average"]
-    critic = parts["critic"]
-    generator_adam = parts["generator_adam"]
-    critic_adam = parts["critic_adam"]
-
-    first_step = checkpoint["steps"]
     total = checkpoint["total_steps"]
     steps_per_epoch = total // args.epochs
-    curve_labels = torch.arange(CURVE_IMAGES, device=device) % CLASSES
-    test_features = features(classifier, test_images[:CURVE_IMAGES])
     start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
-        position = step % steps_per_epoch * args.batch_size
+        position = step % steps_per_epoch
         if position == 0 or step == first_step:
             # each epoch has its own seed, so that a training can resume within it
-            epoch = step // steps_per_epoch
-            stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            stream = torch.Generator()
+            stream.manual_seed(args.seed * 1_000_003 + step // steps_per_epoch)
             order = torch.randperm(len(images), generator=stream).to(device)
-        batch = order[position : position + args.batch_size]
-        real = resize(images[batch], args.image_size)
-        y = labels[batch]
+            batches = order.split(args.batch_size)
+        real = resize(images[batches[position]], args.image_size)
+        y = labels[batches[position]]
 
         # both step sizes fall linearly to zero
         critic_adam.param_groups[0]["lr"] = args.critic_lr * (1 - step / total)
@@ -354,14 +324,13 @@ def train(args, checkpoint, images, labels, classifier, test_images):
 
         # As in the log, all critic steps see the same real images. The last one shares its
         # fake images with the generator's step, which saves a pass through the generator.
-        for _ in range(args.critic_steps - 1):
-            with torch.no_grad():
-                critic_fake = draw_batch(generator, y)
-            critic_step(critic, critic_adam, real, y, critic_fake)
-        shared_fake = draw_batch(generator, y)
-        losses = critic_step(critic, critic_adam, real, y, shared_fake.detach())
+        for _ in range(args.critic_steps):
+            latent = torch.randn(len(y), args.latent).to(device)
+            with autocast(device):
+                fake = generator(latent, y).float()
+            losses = critic_step(critic, critic_adam, real, y, fake.detach())
         with autocast(device):
-            losses["generator"] = generator_loss(critic, shared_fake, y)
+            losses["generator"] = generator_loss(critic, fake, y)
         generator_adam.zero_grad()
         losses["generator"].backward(inputs=list(generator.parameters()))
         generator_adam.step()
@@ -369,22 +338,12 @@ def train(args, checkpoint, images, labels, classifier, test_images):
         # the average is short at first: a long one would keep the noise of the start
         update_average(average, generator, min(args.average, 1 - 8 / (step + 9)))
 
-        checkpoint["steps"] = step + 1
-        checkpoint["seconds"] = time.time() - start_time
-        is_last = step + 1 == total
         if step % LOG_EVERY == 0:
-            row = {"step": step + 1, "seconds": checkpoint["seconds"]}
-            for name, loss in losses.items():
-                row[name] = loss.item()
-            checkpoint["history"].append(row)
-        if is_last or (step + 1) % math.ceil(total / 10) == 0:
-            _, point = measure(
-                average, curve_labels, args.seed, classifier, test_features
-            )
-            point["class_accuracy"] = point["class_accuracy"]["rate"]
-            point["epochs"] = (step + 1) / steps_per_epoch
-            checkpoint["curve"].append(point)
-        if is_last or (step + 1) % SAVE_EVERY == 0:
+            row = {name: loss.item() for name, loss in losses.items()}
+            checkpoint["history"].append({"step": step + 1, **row})
+        if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
+            checkpoint["steps"] = step + 1
+            checkpoint["seconds"] = time.time() - start_time
             save_checkpoint(args.out, checkpoint, parts)
     return average
 
@@ -393,11 +352,10 @@ def save_checkpoint(out, checkpoint, parts):
     """Write checkpoint.pt, from which --resume continues bit for bit, and history.csv."""
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
-    checkpoint["random"] = (
-        torch.get_rng_state()
-    )  # the CPU's: all random numbers come from it
+    checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
     path = out / "checkpoint.pt"
-    require_finite(path, checkpoint, DIVERGED)
+    advice = "the training diverged; start anew with lower --critic-lr and --generator-lr"
+    require_finite(path, checkpoint, advice)
     with common.whole_file(path) as file:
         torch.save(checkpoint, file)
     common.write_csv(out / "history.csv", checkpoint["history"])
@@ -411,13 +369,9 @@ def resize(images, size):
 
 def in_batches(function, *tensors, size=100):
     """function(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
-    n = len(tensors[0])
-    # the curve is measured without a bar, as that of the training is on the same line
-    hidden = n <= CURVE_IMAGES
     results = []
-    for start in common.progress(
-        range(0, n, size), "images", disable=hidden, unit_scale=size
-    ):
+    starts = range(0, len(tensors[0]), size)
+    for start in common.progress(starts, "images", unit_scale=size):
         batch = [tensor[start : start + size] for tensor in tensors]
         results.append(function(*batch))
     return torch.cat(results)
@@ -442,11 +396,10 @@ def train_classifier(network, images, labels, settings, attack=None):
     shift = settings.get("shift", 0)
     n = len(images)
     batch_size = min(128, n)
-    # a small data set is repeated until there are some 300 steps
-    epochs = max(settings["epochs"], 300 * batch_size // n)
     stream = torch.Generator().manual_seed(settings["seed"])
     batches = []
-    for _ in range(epochs):
+    # a small data set is repeated until there are some 300 steps
+    for _ in range(max(settings["epochs"], 300 * batch_size // n)):
         order = torch.randperm(n, generator=stream)[: n // batch_size * batch_size]
         batches.extend(order.to(images.device).split(batch_size))
     adam = AdamW(network.parameters(), weight_decay=0.01, fused=True)
@@ -480,11 +433,8 @@ def cached_classifier(path, network, images, labels, settings, attack=None):
         require_finite(path, cached, advice)
     if cached.get("settings") != settings:
         train_classifier(network, images, labels, settings, attack)
-        cached = {
-            "kind": "classifier",
-            "settings": settings,
-            "network": network.state_dict(),
-        }
+        cached = {"kind": "classifier", "settings": settings}
+        cached["network"] = network.state_dict()
         with common.whole_file(path) as file:
             torch.save(cached, file)
     network.load_state_dict(cached["network"])
@@ -502,12 +452,8 @@ def evaluation_classifier(out, dataset, images, labels):
         torch.manual_seed(EVALUATION["seed"])
         network = EvaluationClassifier().to(images.device)
     network.training_images = n
-    settings = {
-        "network": "EvaluationClassifier",
-        "dataset": dataset,
-        "images": n,
-        **EVALUATION,
-    }
+    settings = {"network": "EvaluationClassifier", "dataset": dataset, "images": n}
+    settings.update(EVALUATION)
     path = out / "evaluation_classifier.pt"
     return cached_classifier(path, network, images[:n], labels[:n], settings)
 
@@ -525,44 +471,47 @@ def features(classifier, images):
 
 def frechet(x, y):
     """The Frechet distance of features x (N, D) and y (M, D), two arrays."""
-    covariance_x = np.cov(x, rowvar=False)
-    covariance_y = np.cov(y, rowvar=False)
-    mean_x = x.mean(0, dtype=np.float64)
-    mean_y = y.mean(0, dtype=np.float64)
-    return common.frechet_distance(mean_x, covariance_x, mean_y, covariance_y)
+    moments = []
+    for sample in (x, y):
+        moments += [sample.mean(0, dtype=np.float64), np.cov(sample, rowvar=False)]
+    return common.frechet_distance(*moments)
 
 
-def measure(generator, labels, seed, classifier, test_features):
-    """Draw images (N, 1, 28, 28) of labels (N,); returns them and their two measures."""
-    images = generate(generator, labels, seed)
-    if not images.isfinite().all():
-        raise common.Failure(DIVERGED)
+def accuracy(classifier, images, labels):
+    """The rate of images (N, 1, 28, 28) to which the classifier gives their labels (N,)."""
     hits = predict(classifier, images).argmax(1) == labels
-    distance = frechet(features(classifier, images), test_features)
-    accuracy = common.wilson(hits.sum(), len(hits))
-    return images, {"class_accuracy": accuracy, "frechet_distance": distance}
+    return common.wilson(hits.sum(), len(hits))
 
 
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
-    """Draw the samples (N, 1, 28, 28), classes equally often; returns them and the results.
+    """Draw and save the samples, classes equally often; returns the results.
 
     The Frechet distance is that of other samples, which have the classes of the held-out real
     images. The distance of these images themselves is what it can be compared with.
     """
+    requested = torch.arange(args.samples, device=images.device) % CLASSES
+    samples = generate(generator, requested, args.seed)
+    save_samples(args.out / "samples.npz", samples, requested)
     n = classifier.training_images
     held_out = slice(n, n + args.samples)
+    matched = generate(generator, labels[held_out], args.seed)
     test_features = features(classifier, test_images)
+    distance = frechet(features(classifier, matched), test_features)
     real_distance = frechet(features(classifier, images[held_out]), test_features)
-    real_labels = labels[held_out]
-    _, matched = measure(generator, real_labels, args.seed, classifier, test_features)
-    requested = torch.arange(args.samples, device=images.device) % CLASSES
-    samples, results = measure(generator, requested, args.seed, classifier, test_features)
-    results["frechet_distance"] = matched["frechet_distance"]
-    results["frechet_distance_real"] = real_distance
-    results["frechet_ratio"] = matched["frechet_distance"] / real_distance
-    correct = predict(classifier, test_images).argmax(1) == test_labels
-    results["evaluation_accuracy"] = common.wilson(correct.sum(), len(correct))
-    return samples, results
+    results = {
+        "class_accuracy": accuracy(classifier, samples, requested),
+        "frechet_distance": distance,
+        "frechet_distance_real": real_distance,
+        "frechet_ratio": distance / real_distance,
+        "evaluation_accuracy": accuracy(classifier, test_images, test_labels),
+    }
+    if args.inception:
+        weights = Path(args.data, common.INCEPTION)
+        common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
+        generated = common.inception_features(samples, weights, images.device)
+        real = common.inception_features(test_images, weights, images.device)
+        results["fid"] = frechet(generated, real)
+    return results
 
 
 def save_samples(path, images, labels, **more):
@@ -576,15 +525,8 @@ def save_samples(path, images, labels, **more):
 def grid(images, columns):
     """A PIL image of digits (N, 1, 28, 28) in [0, 1], each of their pixels three wide."""
     large = F.interpolate(images, scale_factor=3)
-    page = torchvision.utils.make_grid(large, columns, pad_value=0.3)
-    page = (page * 255).round().byte()
-    return to_pil_image(page.cpu())
-
-
-def save_grid(path, images, columns):
-    """Write the `grid` of digits (N, 1, 28, 28) in [0, 1] as PNG."""
-    with common.whole_file(path) as file:
-        grid(images, columns).save(file, "png")
+    page = make_grid(large, columns, pad_value=0.3)
+    return to_pil_image((page * 255).round().byte().cpu())
 
 
 def figure(generated, real):
@@ -598,73 +540,24 @@ def figure(generated, real):
     return page
 
 
-def round_ticks(values):
-    """Up to seven numbers, 1, 2, 2.5 or 5 times 10^k apart, that enclose lists of values."""
-    values = np.hstack(values)
-    low = values.min()
-    high = values.max()
-    if low == high:
-        low = high - 1
-    powers = 10.0 ** np.arange(-9, 10)
-    steps = np.outer(powers, [1, 2, 2.5, 5]).flatten()
-    step = steps[steps >= (high - low) / 5][0]
-    # a value that is a tick itself must not get another one beyond it by rounding
-    first = np.floor(low / step + 1e-6)
-    last = np.ceil(high / step - 1e-6)
-    return step * np.arange(first, last + 1)
-
-
-def plot(y_label, x_label, curves):
-    """A PIL image, 430 x 330, of curves {name: (xs, ys)} between axes that end at round numbers."""
-    page = Image.new("RGB", (430, 330), "white")
-    ink = ImageDraw.Draw(page)
-    ink.font = ImageFont.load_default(12)
-    top = 50 + 16 * (len(curves) // 2)  # below a legend of two columns
-    bottom = 285
-    x_ticks = round_ticks([xs for xs, _ in curves.values()])
-    y_ticks = round_ticks([ys for _, ys in curves.values()])
-    x_pixels = np.linspace(60, 410, len(x_ticks))
-    y_pixels = np.linspace(bottom, top, len(y_ticks))
-    ink.text((8, 6), y_label, "black")
-    ink.text((235, 326), x_label, "black", anchor="mb")
-    for x, tick in zip(x_pixels, x_ticks, strict=True):
-        ink.line((x, top, x, bottom), "lightgrey")
-        ink.text((x, 291), f"{tick:g}", "black", anchor="mt")
-    for y, tick in zip(y_pixels, y_ticks, strict=True):
-        ink.line((60, y, 410, y), "lightgrey")
-        ink.text((54, y), f"{tick:g}", "black", anchor="rm")
-    for i, (name, (xs, ys)) in enumerate(curves.items()):
-        colour = f"hsl({360 * i // len(curves)}, 80%, 40%)"
-        ink.text((60 + 180 * (i % 2), 24 + 16 * (i // 2)), name, colour)
-        x = np.interp(xs, x_ticks, x_pixels)
-        y = np.interp(ys, y_ticks, y_pixels)
-        points = list(zip(x, y, strict=True))
-        ink.line(points, colour, 2)
-        for point in points:
-            ink.circle(point, 3, colour)
-    return page
-
-
 def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
-    path = args.out / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
-    shape = {"latent": args.latent, "width": args.width, "image_size": args.image_size}
-    common.require_same(path, checkpoint["settings"], shape)
-    generator = Generator(**shape).to(device).eval()
+    checkpoint = load_checkpoint(args.out / "checkpoint.pt")
+    settings = checkpoint["settings"]
+    generator = Generator(settings["latent"], settings["width"], settings["image_size"])
     generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:
         labels.fill_(args.digit)
-    images = generate(generator, labels, args.seed)
+    images = generate(generator.to(device).eval(), labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
-    save_grid(args.out / "drawn.png", images[:1000], 20)
+    with common.whole_file(args.out / "drawn.png") as file:
+        grid(images[:1000], 20).save(file, "png")
     print(f"{args.sample} digits are in drawn.npz and drawn.png in {args.out}")
 
 
 def main(argv=None):
     """Train, draw samples, measure, write the files; returns what results.json holds."""
-    start_time = time.time()
     args = settings(argv)
     device = common.pick_device(args.device)
     if args.sample:
@@ -674,53 +567,30 @@ def main(argv=None):
             args.dataset, args.data, True, args.limit
         )
         n = len(images)
-        if n < max(
-            args.batch_size, 12
-        ):  # a covariance needs two, a sixth, held-out images
+        # a covariance needs two of the held-out images, which are a sixth
+        if n < max(args.batch_size, 12):
             raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-        if args.inception:  # before the training, so that damaged weights are noticed
-            weights = Path(args.data, common.INCEPTION)
-            common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-            test_inception = common.inception_features(test_images, weights, device)
         images = images.to(device)
         labels = labels.to(device)
         test_images = test_images.to(device)
         test_labels = test_labels.to(device)
         classifier = evaluation_classifier(args.out, dataset, images, labels)
-
-        generator = train(args, checkpoint, images, labels, classifier, test_images)
-
-        digits = (images, labels, test_images, test_labels)
-        samples, results = evaluate(args, generator, classifier, *digits)
-        if args.inception:
-            samples_inception = common.inception_features(samples, weights, device)
-            results["fid"] = frechet(samples_inception, test_inception)
-        requested = torch.arange(args.samples) % CLASSES
-        save_samples(args.out / "samples.npz", samples, requested)
+        generator = train(args, checkpoint, images, labels)
+        results = evaluate(
+            args, generator, classifier, images, labels, test_images, test_labels
+        )
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
-        curves = Image.new("RGB", (860, 330))
-        epochs = [point["epochs"] for point in checkpoint["curve"]]
-        for i, name in enumerate(("class_accuracy", "frechet_distance")):
-            values = [point[name] for point in checkpoint["curve"]]
-            curve = {"generated digits": (epochs, values)}
-            curves.paste(plot(name.replace("_", " "), "epochs", curve), (430 * i, 0))
-        with common.whole_file(args.out / "curves.png") as file:
-            curves.save(file, "png")
         record = common.write_results(
             args,
             results,
             dataset=dataset,
             dataset_size=n,
             device=str(device),
-            steps=checkpoint["steps"],
             training_seconds=checkpoint["seconds"],
-            steps_per_second=checkpoint["steps"] / checkpoint["seconds"],
-            curve=checkpoint["curve"],
-            seconds=time.time() - start_time,
         )
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record
