@@ -72,39 +72,24 @@ ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust h
 BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that goes on learning
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
-CW_DIGITS = 200  # that Carlini & Wagner's search changes: it takes seconds for each
+CW_DIGITS = 200  # that Carlini & Wagner's search changes, which takes seconds each
 
 
 def settings(argv=None):
     """Parse the flags."""
-    parser = common.parser(
-        __doc__,
-        Path("runs/transfer"),
-        ("auto", "mnist", "glyphs"),
-        "the digits; auto: those that the generator was trained on",
-        "train on the first N images only",
-    )
+    datasets = ("auto", "mnist", "glyphs")
+    about = "the digits; auto: those that the generator was trained on"
+    limit = "train on the first N images"
+    parser = common.parser(__doc__, Path("runs/transfer"), datasets, about, limit)
     add = parser.add_argument
-    add(
-        "--generator",
-        type=Path,
-        default="runs/acwgan/checkpoint.pt",
-        help="week 1's checkpoint",
-    )
-    add(
-        "--variant",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        help="rows to train",
-    )
-    steps_help = "generator steps; ours: 6 x N"
-    add("--steps", type=common.number(int, 1), default=800, help=steps_help)
-    samples_help = "digits drawn per row"
-    add("--samples", type=common.number(int, 20), default=10_000, help=samples_help)
+    week_1 = "runs/acwgan/checkpoint.pt"
+    add("--generator", type=Path, default=week_1, help="week 1's checkpoint")
+    rows = list(VARIANTS)
+    add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
+    number = common.number
+    add("--steps", type=number(int, 1), default=800, help="of a generator; ours: 6 x N")
+    add("--samples", type=number(int, 20), default=10_000, help="digits drawn per row")
     args = parser.parse_args(argv)
-    if args.limit == 1:
-        parser.error("--limit 1: a Frechet distance needs at least 2 images")
     args.variant = ["original", *args.variant]  # the others are compared with it
     return args
 
@@ -124,17 +109,9 @@ class Classifier(nn.Module):
 
 def model_a():
     """Model A of Tramer et al. 2018 (arXiv 1705.07204), here with a stride of 2."""
-    layers = [
-        nn.Conv2d(1, 64, 5),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 5, 2),
-        nn.ReLU(),
-        nn.Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(6400, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-    ]
+    layers = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU()]
+    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(6400, 128), nn.ReLU()]
+    layers.append(nn.Dropout(0.5))
     return Classifier(layers)
 
 
@@ -145,24 +122,26 @@ class Contrast(nn.Module):
         return torch.sigmoid(10 * images - 5)
 
 
-def convolutional(convolutions, outputs, contrast=False):
-    """A classifier of convolutions (channels in, out, kernel size, stride), the last of which
-    returns `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
+def convnet(convolutions, outputs, contrast=False):
+    """A classifier of convolutions (channels, kernel size, stride), the last of which returns
+    `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
     layers = [nn.PixelUnshuffle(2)]
     if contrast:
         layers.insert(0, Contrast())
-    for c_in, c_out, size, stride in convolutions:
-        layers.append(nn.Conv2d(c_in, c_out, size, stride, 1, bias=not contrast))
+    channels = 4
+    for width, size, stride in convolutions:
+        layers.append(nn.Conv2d(channels, width, size, stride, 1, bias=not contrast))
         if contrast:
-            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())
+        channels = width
     layers += [nn.Flatten(), nn.Linear(outputs, 128), nn.ReLU()]
     return Classifier(layers)
 
 
-AUXILIARY = ([(4, 32, 3, 1), (32, 64, 3, 2), (64, 128, 3, 2)], 2048)
-JUDGE = ([(4, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1)], 3136)
-PGD_JUDGE = ([(4, 32, 5, 1), (32, 64, 5, 2)], 1600, True)
+AUXILIARY = ([(32, 3, 1), (64, 3, 2), (128, 3, 2)], 2048)
+JUDGE = ([(32, 3, 1), (64, 4, 2), (64, 3, 1)], 3136)
+PGD_JUDGE = ([(32, 5, 1), (64, 5, 2)], 1600, True)
 # adversarial training by FGSM (Wong et al. 2020, arXiv 2001.03994) or PGD, from a random start
 FGSM = {"steps": 1, "alpha": 0.375, "noise": 0.3}
 PGD = {"steps": 3, "alpha": 0.15, "noise": 0.3}
@@ -170,20 +149,15 @@ CLASSIFIERS = {  # network, its arguments, its training, the attack if that is a
     "target": (model_a, (), {"seed": 1, "epochs": 3, "lr": 1e-3}, None),
     # these help to train the generators
     "auxiliary": (
-        convolutional,
+        convnet,
         AUXILIARY,
         {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2},
         None,
     ),
-    "robust_auxiliary": (
-        convolutional,
-        AUXILIARY,
-        {"seed": 4, "epochs": 4, "lr": 3e-3},
-        FGSM,
-    ),
+    "robust_auxiliary": (convnet, AUXILIARY, {"seed": 4, "epochs": 4, "lr": 3e-3}, FGSM),
     # the judges are in no loss, and their architecture and training are their own
-    "judge": (convolutional, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
-    "pgd_judge": (convolutional, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
+    "judge": (convnet, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
+    "pgd_judge": (convnet, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
 }
 # what generators are trained against and measured with, frozen; original: week 1's generator
 Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
@@ -237,8 +211,6 @@ def load_week_1(path, dataset, device=None):
     if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
         problem = f"does not draw 28 x 28 pixels of --dataset {dataset}"
         raise common.Failure(f"{path} {problem}; {advice}", 2)
-    if checkpoint["steps"] < checkpoint["total_steps"]:
-        print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
     critic = acwgan.Critic(week_1["width"], 28)
     digest = hashlib.sha256()  # of the weights: the file also holds times, which differ
@@ -335,14 +307,13 @@ def load_networks(out, dataset, images, labels, original, critic):
     for name, (make, arguments, training, attack) in CLASSIFIERS.items():
         torch.manual_seed(training["seed"])
         network = make(*arguments).to(device)
-        made_with = {"network": str(network), "dataset": dataset, "images": len(images)}
-        made_with.update(training, attack=attack)
+        recipe = {"network": str(network), "dataset": dataset, "images": len(images)}
+        recipe.update(training, attack=attack)
         if attack:
             attack = functools.partial(pgd, **attack)
         path = out / f"{name}.pt"
-        networks.append(
-            acwgan.cached_classifier(path, network, images, labels, made_with, attack)
-        )
+        network = acwgan.cached_classifier(path, network, images, labels, recipe, attack)
+        networks.append(network)
     return Networks(*networks)
 
 
@@ -443,15 +414,14 @@ def train(name, args, networks, real_images, real_labels):
         if variant.critic_trains:
             rows = torch.randint(len(real_images), (BATCH_SIZE,), device=device)
             real = real_images[rows]
-            labels_of_real = real_labels[rows]
-            acwgan.critic_step(critic, critic_adam, real, labels_of_real, images.detach())
+            fake = images.detach()
+            acwgan.critic_step(critic, critic_adam, real, real_labels[rows], fake)
         loss = 0
         # entered anew: the context above cached the critic's weights from before its step
         with acwgan.autocast(device):
             for term, weight in weights.items():
-                loss = loss + weight * loss_term(
-                    term, networks, bank, images, latent, labels, wanted
-                )
+                value = loss_term(term, networks, bank, images, latent, labels, wanted)
+                loss = loss + weight * value
         if not loss.isfinite():
             raise common.Failure(f"{name}: the loss is no number; lower its lr")
         adam.zero_grad()
@@ -506,27 +476,16 @@ def measure(images, original, labels, variant, networks):
     return row, {"target": wanted, "predicted": predicted}
 
 
+APPROACH_2 = ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"]
+CLOSEST = ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"]
 PAGES = {
     "synthetic-adversarial-framework": ["original", "scratch", "scratch-live"],
-    "synthetic-adversarial-framework-with-fid": [
-        "original",
-        "as-logged",
-        "adversarial",
-        "fid",
-        "euclidean",
-        "ours",
-    ],
-    "closest": [
-        "original",
-        "ours",
-        "ours: change",
-        "carlini-wagner",
-        "carlini-wagner: change",
-    ],
+    "synthetic-adversarial-framework-with-fid": APPROACH_2,
+    "closest": CLOSEST,
 }
 CAPTION = """\
 The digits asked for are 0 to 9. The target classifier should take them for 1, 2, ..., 9, 0;
-an untrained one should take those of scratch and scratch-live for 7. No change is grey."""
+an untrained one should take those of scratch and scratch-live for 7. Grey: no change."""
 
 
 def write_figures(out, drawn):
@@ -542,7 +501,7 @@ def write_figures(out, drawn):
         page = Image.new("RGB", (1060, digits.height + 72), "white")
         page.paste(digits, (192, 72))
         ink = ImageDraw.Draw(page)
-        ink.font = ImageFont.load_default(18)
+        ink.font = ImageFont.load_default(17)
         ink.text((8, 8), CAPTION, "black")
         for i, name in enumerate(names):
             ink.text((8, 116 + 86 * i), name, "black", anchor="lm")
@@ -562,19 +521,19 @@ COLUMNS = {
 def print_report(dataset, accuracies, rows):
     """Print the tables of the classifiers and of the rows, and what their columns mean."""
     print(f"""
-Week 2 on {dataset}. The target is attacked, the auxiliaries help to train, the judges only measure.
-Under PGD: right on test digits that PGD has changed by up to 0.3 (L-inf). A judge that is right
-on less than half of these has learnt from too few digits (--limit); its answers mean little.
+Week 2 on {dataset}. The target is attacked, the auxiliaries help to train, and the judges only
+measure. Under PGD: on digits that PGD has changed by up to 0.3 (L-inf). A judge that is right on
+less than half of these has learnt from too few digits (--limit), and its answers mean little.
 """)
     common.print_table(["classifier", "right on test digits"], accuracies.items())
     print("""
 Each row draws digits of a class y, which the target should take for the next class, y + 1; in
 scratch and scratch-live, an untrained classifier should take them for 7. In % of the digits:
-  fooled             that classifier does so
+  fooled             the classifier does so
   judge, pgd_judge   this judge answers y; whether a person would was not measured
-  fooled & judge     both of it in the same digit, which is the aim; fooled & pgd_judge likewise
+  fooled & judge     both are true of a digit, which is the aim; fooled & pgd_judge likewise
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
-least L2 change that fools the target, digit by digit; L2/C&W: relative to it, on the same digits.
+least L2 change that fools the target; L2/C&W: relative to it, on the digits that it searched.
 """)
     lines = []
     for name, row in rows.items():
@@ -608,6 +567,7 @@ def main(argv=None):
         rates = measure_classifiers(networks, test[0].to(device), test[1].to(device))
         labels = torch.arange(args.samples, device=device) % CLASSES
         drawn = {}
+        rows = {}
         for name, generator in generators.items():
             if generator is None:
                 generator = train(name, args, networks, images, digits)
@@ -617,23 +577,21 @@ def main(argv=None):
                     torch.save(checkpoint, file)
             generator.to(device).eval()
             drawn[name] = acwgan.generate(generator, labels, args.seed)
-        few = labels[:CW_DIGITS]
-        start = drawn["original"][:CW_DIGITS]
-        least = carlini_wagner(networks.target, start, (few + 1) % CLASSES)
-        drawn["carlini-wagner"] = (least * 255).round() / 255
-        least_l2 = mean_l2(drawn["carlini-wagner"] - start)
-        rows = {}
-        for name, images in drawn.items():
-            variant = VARIANTS.get(name, VARIANTS["original"])
-            n = len(images)
-            rows[name], classes = measure(
-                images, drawn["original"][:n], labels[:n], variant, networks
-            )
-            # where the search finds nothing, least_l2 is 0
-            l2 = mean_l2(images[:CW_DIGITS] - start)
-            rows[name]["l2_over_cw"] = l2 / max(1e-9, least_l2)
+            start = drawn["original"]
+            row, classes = measure(drawn[name], start, labels, VARIANTS[name], networks)
+            rows[name] = row
             path = out / f"samples-{name}.npz"
-            acwgan.save_samples(path, images, labels[:n], **classes)
+            acwgan.save_samples(path, drawn[name], labels, **classes)
+        labels = labels[:CW_DIGITS]
+        start = drawn["original"][:CW_DIGITS]
+        least = carlini_wagner(networks.target, start, (labels + 1) % CLASSES)
+        least = (least * 255).round() / 255
+        drawn["carlini-wagner"] = least
+        row, _ = measure(least, start, labels, VARIANTS["original"], networks)
+        rows["carlini-wagner"] = row
+        least_l2 = max(1e-9, row["l2"])  # 0 where the search finds nothing
+        for name, row in rows.items():
+            row["l2_over_cw"] = mean_l2(drawn[name][:CW_DIGITS] - start) / least_l2
         write_figures(out, drawn)
         facts.update(device=str(device), accuracy=rates)
         record = common.write_results(args, {"rows": rows}, **facts)
