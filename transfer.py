@@ -122,7 +122,7 @@ class Contrast(nn.Module):
         return torch.sigmoid(10 * images - 5)
 
 
-def convnet(convolutions, outputs, contrast=False):
+def cnn(convolutions, outputs, contrast=False):
     """A classifier of convolutions (channels, kernel size, stride), the last of which returns
     `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
     layers = [nn.PixelUnshuffle(2)]
@@ -148,16 +148,11 @@ PGD = {"steps": 3, "alpha": 0.15, "noise": 0.3}
 CLASSIFIERS = {  # network, its arguments, its training, the attack if that is adversarial
     "target": (model_a, (), {"seed": 1, "epochs": 3, "lr": 1e-3}, None),
     # these help to train the generators
-    "auxiliary": (
-        convnet,
-        AUXILIARY,
-        {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2},
-        None,
-    ),
-    "robust_auxiliary": (convnet, AUXILIARY, {"seed": 4, "epochs": 4, "lr": 3e-3}, FGSM),
+    "auxiliary": (cnn, AUXILIARY, {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2}, None),
+    "robust_auxiliary": (cnn, AUXILIARY, {"seed": 4, "epochs": 4, "lr": 3e-3}, FGSM),
     # the judges are in no loss, and their architecture and training are their own
-    "judge": (convnet, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
-    "pgd_judge": (convnet, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
+    "judge": (cnn, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
+    "pgd_judge": (cnn, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
 }
 # what generators are trained against and measured with, frozen; original: week 1's generator
 Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
@@ -386,8 +381,7 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
 
 
 def train(name, args, networks, real_images, real_labels):
-    """Train a row's generator; real_images (N, 1, 28, 28) in [0, 1], real_labels (N,) int64.
-    Returns it."""
+    """A row's trained generator, for real_images (N, 1, 28, 28) in [0, 1] and real_labels (N,)."""
     variant = VARIANTS[name]
     networks = networks._replace(target=getattr(networks, variant.target))
     steps = variant.rounds * args.steps
@@ -512,9 +506,9 @@ def write_figures(out, drawn):
 COLUMNS = {
     "fooled": "target_fooled",
     "judge": "judge_reads_y",
-    "fooled & judge": "both",
+    "both": "both",
     "pgd_judge": "pgd_judge_reads_y",
-    "fooled & pgd_judge": "both_by_pgd_judge",
+    "both (pgd)": "both_by_pgd_judge",
 }
 
 
@@ -531,7 +525,7 @@ Each row draws digits of a class y, which the target should take for the next cl
 scratch and scratch-live, an untrained classifier should take them for 7. In % of the digits:
   fooled             the classifier does so
   judge, pgd_judge   this judge answers y; whether a person would was not measured
-  fooled & judge     both are true of a digit, which is the aim; fooled & pgd_judge likewise
+  both, both (pgd)   fooled and judge, or fooled and pgd_judge, are true of one digit: the aim
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
 least L2 change that fools the target; L2/C&W: relative to it, on the digits that it searched.
 """)
@@ -589,9 +583,10 @@ def main(argv=None):
         drawn["carlini-wagner"] = least
         row, _ = measure(least, start, labels, VARIANTS["original"], networks)
         rows["carlini-wagner"] = row
-        least_l2 = max(1e-9, row["l2"])  # 0 where the search finds nothing
+        least_l2 = row["l2"]  # 0 where the search finds nothing
         for name, row in rows.items():
-            row["l2_over_cw"] = mean_l2(drawn[name][:CW_DIGITS] - start) / least_l2
+            l2 = mean_l2(drawn[name][:CW_DIGITS] - start)
+            row["l2_over_cw"] = l2 / least_l2 if least_l2 else None
         write_figures(out, drawn)
         facts.update(device=str(device), accuracy=rates)
         record = common.write_results(args, {"rows": rows}, **facts)
