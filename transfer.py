@@ -9,24 +9,21 @@ takes for the next class, while independent judges still read their own.
     python acwgan.py && python transfer.py      train week 1's generator, then every row
     python transfer.py --variant ours --force   train one again; the others stay in the report
 
-Writes generator-, history- and samples-<row>, figures, results.json and classifiers into --out.
+Writes generator-<row>.pt, samples-<row>.npz, figures, results.json and the classifiers into --out.
 """
 
 import copy
 import functools
 import hashlib
-import sys
-import time
 from collections import deque, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
+from torch.optim import Adam
 
 import acwgan
 import common
@@ -37,11 +34,10 @@ class Variant(NamedTuple):
     """One row of the experiment: how its generator is trained."""
 
     start: str  # what the generator starts from, see `new_generator`
-    weights: dict  # weight of each term of the loss, see `loss_term`
-    rounds: float = 1  # generator steps, in multiples of --steps
-    lr: float = (
-        3e-3  # the learning rate; times 800: a quarter of the log's 1e-4 times 94,000
-    )
+    weights: dict  # of the terms of the loss, see `loss_term`
+    rounds: int = 1  # generator steps, in multiples of --steps
+    # the learning rate; times 800 steps: a quarter of the log's 1e-4 times 94,000
+    lr: float = 3e-3
     betas: tuple = (0.0, 0.9)  # of Adam, as in the log
     scheduled: bool = False  # the learning rate falls, the euclidean weight rises
     target: str = "target"  # the classifier to be fooled
@@ -73,41 +69,27 @@ WARM_UP = 50  # steps in which a scheduled learning rate rises at first
 RISE = 0.7  # share of the steps in which a scheduled weight rises
 TARGET_MARGIN = 1.5  # by which the wanted class should lead, see "adversarial hinge"
 ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust hinge"
+BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that goes on learning
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
+CW_DIGITS = 200  # that Carlini & Wagner's search changes, which takes seconds each
 
 
 def settings(argv=None):
     """Parse the flags."""
     datasets = ("auto", "mnist", "glyphs")
     about = "the digits; auto: those that the generator was trained on"
-    limit = "train on the first N images only"
+    limit = "train on the first N images"
     parser = common.parser(__doc__, Path("runs/transfer"), datasets, about, limit)
     add = parser.add_argument
-    add(
-        "--generator",
-        type=Path,
-        default="runs/acwgan/checkpoint.pt",
-        help="week 1's checkpoint",
-    )
+    week_1 = "runs/acwgan/checkpoint.pt"
+    add("--generator", type=Path, default=week_1, help="week 1's checkpoint")
     rows = list(VARIANTS)
     add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
-    add(
-        "--steps",
-        type=common.number(int, 1),
-        default=800,
-        help="generator steps; ours: 6 x N",
-    )
-    add("--batch-size", type=common.number(int, 2), default=64, help="digits per step")
-    add(
-        "--samples",
-        type=common.number(int, 20),
-        default=10_000,
-        help="digits drawn per row",
-    )
+    number = common.number
+    add("--steps", type=number(int, 1), default=800, help="of a generator; ours: 6 x N")
+    add("--samples", type=number(int, 20), default=10_000, help="digits drawn per row")
     args = parser.parse_args(argv)
-    if args.limit == 1:
-        parser.error("--limit 1: a Frechet distance needs at least 2 images")
     args.variant = ["original", *args.variant]  # the others are compared with it
     return args
 
@@ -128,13 +110,8 @@ class Classifier(nn.Module):
 def model_a():
     """Model A of Tramer et al. 2018 (arXiv 1705.07204), here with a stride of 2."""
     layers = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU()]
-    layers += [
-        nn.Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(6400, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-    ]
+    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(6400, 128), nn.ReLU()]
+    layers.append(nn.Dropout(0.5))
     return Classifier(layers)
 
 
@@ -145,45 +122,37 @@ class Contrast(nn.Module):
         return torch.sigmoid(10 * images - 5)
 
 
-def convolutional(convolutions, outputs, contrast=False):
-    """A classifier of convolutions (channels in, out, kernel size, stride), the last of which
-    returns `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
+def cnn(convolutions, outputs, contrast=False):
+    """A classifier of convolutions (channels, kernel size, stride), the last of which returns
+    `outputs` numbers; `contrast` adds `Contrast` and batch norm."""
     layers = [nn.PixelUnshuffle(2)]
     if contrast:
         layers.insert(0, Contrast())
-    for c_in, c_out, size, stride in convolutions:
-        layers.append(nn.Conv2d(c_in, c_out, size, stride, 1, bias=not contrast))
+    channels = 4
+    for width, size, stride in convolutions:
+        layers.append(nn.Conv2d(channels, width, size, stride, 1, bias=not contrast))
         if contrast:
-            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())
+        channels = width
     layers += [nn.Flatten(), nn.Linear(outputs, 128), nn.ReLU()]
     return Classifier(layers)
 
 
-AUXILIARY = ([(4, 32, 3, 1), (32, 64, 3, 2), (64, 128, 3, 2)], 2048)
-JUDGE = ([(4, 32, 3, 1), (32, 64, 4, 2), (64, 64, 3, 1)], 3136)
-PGD_JUDGE = ([(4, 32, 5, 1), (32, 64, 5, 2)], 1600, True)
+AUXILIARY = ([(32, 3, 1), (64, 3, 2), (128, 3, 2)], 2048)
+JUDGE = ([(32, 3, 1), (64, 4, 2), (64, 3, 1)], 3136)
+PGD_JUDGE = ([(32, 5, 1), (64, 5, 2)], 1600, True)
 # adversarial training by FGSM (Wong et al. 2020, arXiv 2001.03994) or PGD, from a random start
 FGSM = {"steps": 1, "alpha": 0.375, "noise": 0.3}
 PGD = {"steps": 3, "alpha": 0.15, "noise": 0.3}
 CLASSIFIERS = {  # network, its arguments, its training, the attack if that is adversarial
     "target": (model_a, (), {"seed": 1, "epochs": 3, "lr": 1e-3}, None),
     # these help to train the generators
-    "auxiliary": (
-        convolutional,
-        AUXILIARY,
-        {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2},
-        None,
-    ),
-    "robust_auxiliary": (
-        convolutional,
-        AUXILIARY,
-        {"seed": 4, "epochs": 4, "lr": 3e-3},
-        FGSM,
-    ),
+    "auxiliary": (cnn, AUXILIARY, {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2}, None),
+    "robust_auxiliary": (cnn, AUXILIARY, {"seed": 4, "epochs": 4, "lr": 3e-3}, FGSM),
     # the judges are in no loss, and their architecture and training are their own
-    "judge": (convolutional, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
-    "pgd_judge": (convolutional, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
+    "judge": (cnn, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
+    "pgd_judge": (cnn, PGD_JUDGE, {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
 }
 # what generators are trained against and measured with, frozen; original: week 1's generator
 Networks = namedtuple("Networks", ("original", "critic", "random_target", *CLASSIFIERS))
@@ -204,9 +173,14 @@ class Refiner(nn.Module):
         self.first = nn.Conv2d(4, 40, 3, padding=1)
         self.classes = nn.Linear(CLASSES, 40)
         self.encoder = relu_convolution(40, 40)
-        layers = [nn.ReLU(), nn.Conv2d(40, 80, 2, 2), relu_convolution(80, 80)]
-        layers += [relu_convolution(80, 80), nn.ReLU(), nn.ConvTranspose2d(80, 40, 2, 2)]
-        self.coarse = nn.Sequential(*layers)
+        self.coarse = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(40, 80, 2, 2),
+            relu_convolution(80, 80),
+            relu_convolution(80, 80),
+            nn.ReLU(),
+            nn.ConvTranspose2d(80, 40, 2, 2),
+        )
         self.decoder = nn.Sequential(relu_convolution(40, 40), relu_convolution(40, 4))
         for weight in self.decoder[-1].parameters():  # first draws the original's
             nn.init.zeros_(weight)
@@ -223,41 +197,31 @@ class Refiner(nn.Module):
 
 
 def load_week_1(path, dataset, device=None):
-    """Week 1's generator and critic, frozen, and its settings with a hash of their "weights".
+    """Week 1's generator and critic, frozen; its data set and a hash of its weights.
     Raises Failure if they do not fit, or draw other digits than `dataset`, unless that is auto."""
     advice = f"train one with: python acwgan.py --out {path.parent}"
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
     acwgan.require_finite(path, checkpoint, advice)
-    try:
-        week_1 = dict(checkpoint["settings"])
-        generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
-        critic = acwgan.Critic(week_1["width"], 28)
-        generator.load_state_dict(checkpoint["average"])
-        critic.load_state_dict(checkpoint["critic"])
-        unfinished = checkpoint["steps"] < checkpoint["total_steps"]
-    except (KeyError, RuntimeError) as problem:
-        raise common.Failure(
-            f"{path} does not fit 28 pixels; {advice} ({problem})"
-        ) from None
-    if dataset not in ("auto", week_1["dataset"]):
-        raise common.Failure(
-            f"{path} draws {week_1['dataset']}, not {dataset}; {advice}", 2
-        )
-    if unfinished:
-        print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
+    week_1 = checkpoint["settings"]
+    if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
+        problem = f"does not draw 28 x 28 pixels of --dataset {dataset}"
+        raise common.Failure(f"{path} {problem}; {advice}", 2)
+    generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
+    critic = acwgan.Critic(week_1["width"], 28)
     digest = hashlib.sha256()  # of the weights: the file also holds times, which differ
-    for network in (generator, critic):
-        for weight in network.state_dict().values():
-            digest.update(weight.numpy().tobytes())
+    for network, name in ((generator, "average"), (critic, "critic")):
+        network.load_state_dict(checkpoint[name])
         network.eval().requires_grad_(False).to(device)
-    week_1["weights"] = digest.hexdigest()[:12]
-    return generator, critic, week_1
+        for weight in checkpoint[name].values():
+            digest.update(weight.numpy().tobytes())
+    facts = {"week_1": digest.hexdigest()[:12], "dataset": week_1["dataset"]}
+    return generator, critic, facts
 
 
 def new_generator(variant, original):
-    """The generator that a row starts from, on the device of the `original`."""
+    """The generator that a row starts from."""
     if variant.start == "refiner":
-        return Refiner(original).to(next(original.parameters()).device)
+        return Refiner(original)
     generator = copy.deepcopy(original).requires_grad_(True)
     for module in generator.modules():
         if variant.start == "untrained" and hasattr(module, "reset_parameters"):
@@ -282,18 +246,14 @@ def margin(logits, labels):
     return label - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
-def pgd(
-    network, images, classes, targeted=False, eps=0.3, alpha=0.02, steps=40, noise=0.0
-):
+def pgd(network, images, labels, eps=0.3, alpha=0.02, steps=40, noise=0.0):
     """L-inf PGD on the cross-entropy (Madry et al. 2018, arXiv 1706.06083).
-    Moves images (N, 1, 28, 28) in [0, 1] away from the classes (N,), or to them if `targeted`, and
-    returns them. eps, the step alpha and the random start's noise are in pixel values."""
+    Moves images (N, 1, 28, 28) in [0, 1] away from their labels (N,) and returns them. eps, the
+    step alpha and the random start's noise are in pixel values."""
     adv = images + noise * (2 * torch.rand_like(images) - 1)
     for _ in range(steps):
         adv.requires_grad_()
-        loss = F.cross_entropy(network(adv), classes)
-        if targeted:
-            loss = -loss
+        loss = F.cross_entropy(network(adv), labels)
         (gradient,) = torch.autograd.grad(loss, adv)
         adv = adv.detach() + alpha * gradient.sign()
         adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
@@ -310,21 +270,22 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     low = torch.zeros_like(smallest)
     high = smallest.clone()
     c = torch.ones_like(smallest)
-    for _ in range(searches):
+    for _ in common.progress(range(searches), "Carlini & Wagner", unit="search"):
         free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
-        adam = torch.optim.Adam([free], lr)
+        adam = Adam([free], lr)
         succeeded = torch.zeros_like(wanted, dtype=torch.bool)
         for _ in range(steps):
             adv = (free.tanh() + 1) / 2
             size = (adv - images).square().flatten(1).sum(1)
             lead = margin(network(adv), wanted) - 0.1  # outlasts rounding to 8 bits
             loss = size + c * (-lead).relu()
-            (free.grad,) = torch.autograd.grad(loss.sum(), free)
+            adam.zero_grad()
+            loss.sum().backward()
             success = lead > 0
             better = success & (size < smallest)
             best[better] = adv.detach()[better]
             smallest[better] = size.detach()[better]
-            succeeded = succeeded | success
+            succeeded |= success
             adam.step()
         low = torch.where(succeeded, low, c)
         high = torch.where(succeeded, c, high)
@@ -332,41 +293,23 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     return best
 
 
-# attack, its settings, how many digits it attacks
-ATTACKS = {
-    "pgd": (pgd, {"targeted": True}, 500),
-    "carlini-wagner": (carlini_wagner, {}, 200),
-}
-
-
-def attack_in_batches(name, attack, options, network, images, classes):
-    """attack(network, images, classes, **options), ten images at a time, so that a bar moves."""
-    batches = []
-    starts = range(0, len(images), 10)
-    for i in common.progress(starts, name, unit="image", unit_scale=10):
-        batch = images[i : i + 10]
-        batches.append(attack(network, batch, classes[i : i + 10], **options))
-    return torch.cat(batches)
-
-
 def load_networks(out, dataset, images, labels, original, critic):
     """All `Networks`; classifiers come from `out`, or are trained on these images and labels."""
+    device = images.device
     torch.manual_seed(7)
     random_target = model_a().eval().requires_grad_(False)
-    networks = [original, critic, random_target.to(images.device)]
+    networks = [original, critic, random_target.to(device)]
     for name, (make, arguments, training, attack) in CLASSIFIERS.items():
         torch.manual_seed(training["seed"])
-        network = make(*arguments).to(images.device)
-        made_with = {"network": str(network), "dataset": dataset, "images": len(images)}
-        made_with.update(training, attack=attack)
+        network = make(*arguments).to(device)
+        recipe = {"network": str(network), "dataset": dataset, "images": len(images)}
+        recipe.update(training, attack=attack)
         if attack:
             attack = functools.partial(pgd, **attack)
         path = out / f"{name}.pt"
-        network = acwgan.cached_classifier(
-            path, network, images, labels, made_with, attack
-        )
+        network = acwgan.cached_classifier(path, network, images, labels, recipe, attack)
         networks.append(network)
-    return Networks._make(networks)
+    return Networks(*networks)
 
 
 def classify(network, images):
@@ -374,24 +317,20 @@ def classify(network, images):
     return acwgan.predict(network, images).argmax(1)
 
 
+def accuracy(network, images, labels):
+    """The share of images (N, 1, 28, 28) of which `network` reads the labels (N,)."""
+    return common.wilson((classify(network, images) == labels).sum(), len(labels))
+
+
 def measure_classifiers(networks, images, labels):
     """The accuracy of each classifier on test images, of the judges also under PGD."""
     rates = {}
     for name in CLASSIFIERS:
         network = getattr(networks, name)
-        hits = classify(network, images) == labels
-        rates[name] = common.wilson(hits.sum(), len(hits))
+        rates[name] = accuracy(network, images, labels)
         if "judge" in name:
-            few = labels[:1000]
-            adv = attack_in_batches(
-                f"PGD on {name}", pgd, {}, network, images[:1000], few
-            )
-            hits = classify(network, adv) == few
-            rate = common.wilson(hits.sum(), len(hits))
-            rates[f"{name}_under_pgd"] = rate
-            if rate["rate"] < 0.5:
-                text = f"WARNING: {name} is weak under PGD: right on {common.cell(rate)}"
-                print(f"{text}; it needs more digits than --limit", file=sys.stderr)
+            adv = pgd(network, images[:500], labels[:500])
+            rates[f"{name}_under_pgd"] = accuracy(network, adv, labels[:500])
     return rates
 
 
@@ -401,7 +340,7 @@ class FeatureBank:
 
     def __init__(self, network, images):
         stream = torch.Generator().manual_seed(0)
-        rows = torch.randperm(len(images), generator=stream)[:2048].to(images.device)
+        rows = torch.randperm(len(images), generator=stream)[:2048]
         self.network = network
         self.real = network.features(images[rows]).float()
         self.recent = deque(maxlen=BANK_BATCHES)
@@ -442,82 +381,68 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
 
 
 def train(name, args, networks, real_images, real_labels):
-    """Train a row's generator; real_images (N, 1, 28, 28) in [0, 1], real_labels (N,) int64.
-    Returns it, frozen, and its history, the terms of the loss at every 50th step."""
+    """A row's trained generator, for real_images (N, 1, 28, 28) in [0, 1] and real_labels (N,)."""
     variant = VARIANTS[name]
     networks = networks._replace(target=getattr(networks, variant.target))
-    steps = int(variant.rounds * args.steps)
+    steps = variant.rounds * args.steps
     device = real_images.device
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=common.has_bf16(device)
-    )
     torch.manual_seed(args.seed)
-    generator = new_generator(variant, networks.original)
-    adam = torch.optim.Adam(generator.parameters(), variant.lr, variant.betas, fused=True)
+    generator = new_generator(variant, networks.original).to(device)
+    adam = Adam(generator.parameters(), variant.lr, variant.betas, fused=True)
     if variant.critic_trains:
         critic = copy.deepcopy(networks.critic).requires_grad_(True)
-        critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
+        critic_adam = Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
         networks = networks._replace(critic=critic)
     bank = FeatureBank(networks.auxiliary, real_images)
-    history = []
     for step in common.progress(range(steps), name, unit="step"):
         weights = dict(variant.weights)
         if variant.scheduled:
             warm_up = min(1, (step + 1) / WARM_UP)
             adam.param_groups[0]["lr"] = variant.lr * warm_up * (1 - step / steps)
             weights["euclidean"] *= min(1, step / (RISE * steps))
-        latent = torch.randn(args.batch_size, generator.latent, device=device)
-        labels = torch.randint(CLASSES, (args.batch_size,), device=device)
+        latent = torch.randn(BATCH_SIZE, generator.latent, device=device)
+        labels = torch.randint(CLASSES, (BATCH_SIZE,), device=device)
         wanted = wanted_classes(variant, labels)
-        with autocast:
+        with acwgan.autocast(device):
             images = generator(latent, labels).float()
         if variant.critic_trains:
-            rows = torch.randint(len(real_images), (args.batch_size,), device=device)
+            rows = torch.randint(len(real_images), (BATCH_SIZE,), device=device)
             real = real_images[rows]
             fake = images.detach()
-            with autocast:
-                loss, _ = acwgan.critic_loss(
-                    critic, real, real_labels[rows], fake, 10.0, 0.5
-                )
-            critic_adam.zero_grad()
-            loss.backward()
-            critic_adam.step()
-        terms = {}
+            acwgan.critic_step(critic, critic_adam, real, real_labels[rows], fake)
         loss = 0
         # entered anew: the context above cached the critic's weights from before its step
-        with autocast:
+        with acwgan.autocast(device):
             for term, weight in weights.items():
-                terms[term] = loss_term(
-                    term, networks, bank, images, latent, labels, wanted
-                )
-                loss = loss + weight * terms[term]
+                value = loss_term(term, networks, bank, images, latent, labels, wanted)
+                loss = loss + weight * value
+        if not loss.isfinite():
+            raise common.Failure(f"{name}: the loss is no number; lower its lr")
         adam.zero_grad()
         loss.backward()
         adam.step()
-        if step % 50 == 0 or step == steps - 1:
-            if not loss.isfinite():
-                raise common.Failure(f"{name}: the loss is no number; lower its lr")
-            row = {"step": step + 1}
-            for term, value in terms.items():
-                row[term] = value.item()
-            history.append(row)
-    return generator.eval().requires_grad_(False), history
+    return generator
 
 
 def load_generator(name, args, made_with, original):
     """A row's finished generator, or None; Failure if it was made with other settings."""
     path = args.out / f"generator-{name}.pt"
-    if not path.exists() or (args.force and name in args.variant):
+    if not path.exists():
         return None
     advice = "delete it to train again"
     checkpoint = common.load_checkpoint(path, advice, "transfer")
     acwgan.require_finite(path, checkpoint, advice)
-    if args.force and checkpoint["settings"] != made_with:
-        return None  # the report leaves it out
+    if args.force and (name in args.variant or checkpoint["settings"] != made_with):
+        return None  # a row that is not trained again then is left out of the report
     common.require_same(path, checkpoint["settings"], made_with)
     generator = new_generator(VARIANTS[name], original)
     generator.load_state_dict(checkpoint["generator"])
-    return generator.eval().requires_grad_(False)
+    return generator
+
+
+def mean_l2(change):
+    """The mean L2 norm of changes (N, 1, 28, 28)."""
+    return change.flatten(1).norm(dim=1).mean().item()
 
 
 def measure(images, original, labels, variant, networks):
@@ -526,81 +451,89 @@ def measure(images, original, labels, variant, networks):
     wanted = wanted_classes(variant, labels)
     predicted = classify(getattr(networks, variant.target), images)
     fooled = predicted == wanted
-    judge_right = classify(networks.judge, images) == labels
-    pgd_judge_right = classify(networks.pgd_judge, images) == labels
+    judge_reads_y = classify(networks.judge, images) == labels
+    pgd_judge_reads_y = classify(networks.pgd_judge, images) == labels
     hits = {
         "target_fooled": fooled,
-        "judge_reads_y": judge_right,
-        "both": fooled & judge_right,
+        "judge_reads_y": judge_reads_y,
+        "both": fooled & judge_reads_y,
+        "pgd_judge_reads_y": pgd_judge_reads_y,
+        "both_by_pgd_judge": fooled & pgd_judge_reads_y,
     }
-    hits["pgd_judge_reads_y"] = pgd_judge_right
-    hits["both_by_pgd_judge"] = fooled & pgd_judge_right
     counts = labels != wanted  # an image of the wanted class fools nobody
     row = {}
     for name, hit in hits.items():
         row[name] = common.wilson(hit[counts].sum(), counts.sum())
-    change = (images - original)[counts].flatten(1)
-    row["l2"] = change.norm(dim=1).mean().item()
-    row["linf"] = change.abs().amax(1).mean().item()
+    change = (images - original)[counts]
+    row["l2"] = mean_l2(change)
+    row["linf"] = change.abs().flatten(1).amax(1).mean().item()
     return row, {"target": wanted, "predicted": predicted}
 
 
+APPROACH_2 = ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"]
+CLOSEST = ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"]
+PAGES = {
+    "synthetic-adversarial-framework": ["original", "scratch", "scratch-live"],
+    "synthetic-adversarial-framework-with-fid": APPROACH_2,
+    "closest": CLOSEST,
+}
+CAPTION = """\
+The digits asked for are 0 to 9. The target classifier should take them for 1, 2, ..., 9, 0;
+an untrained one should take those of scratch and scratch-live for 7. Grey: no change."""
+
+
 def write_figures(out, drawn):
-    """Write three pages of the rows' first ten digits; drawn: {row: images (N, 1, 28, 28)}."""
-    lines = [(name, images[:10].cpu()) for name, images in drawn.items()]
-    framework = lines[:1] + [line for line in lines if "scratch" in line[0]]
-    with_fid = [
-        line for line in lines if "scratch" not in line[0] and line[0] in VARIANTS
-    ]
-    closest = lines[:1]
-    for name, images in lines:
-        if name in ("ours", "carlini-wagner"):
-            change = images - lines[0][1] + 0.5
-            closest += [(name, images), ("its change", change.clamp(0, 1))]
-    title = "synthetic-adversarial-framework"
-    pages = {title: framework, f"{title}-with-fid": with_fid, "closest": closest}
-    for title, lines in pages.items():
-        large = F.interpolate(torch.cat([images for _, images in lines]), scale_factor=2)
-        grid = torchvision.utils.make_grid(large, 10, pad_value=0.3)
-        page = to_pil_image(F.pad(grid, (120, 0), value=1.0))  # room for the names
-        draw = ImageDraw.Draw(page)
-        for i, (name, _) in enumerate(lines):
-            y = (i + 0.5) * page.height / len(lines)
-            draw.text((8, y), name, "black", ImageFont.load_default(14), "lm")
+    """Write the pages of the rows' first ten digits; drawn: {row: images (N, 1, 28, 28)}."""
+    lines = {}
+    for name, images in drawn.items():
+        lines[name] = images[:10]
+        change = images[:10] - lines["original"]
+        lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
+    for title, names in PAGES.items():
+        names = [name for name in names if name in lines]
+        digits = acwgan.grid(torch.cat([lines[name] for name in names]), 10)
+        page = Image.new("RGB", (1060, digits.height + 72), "white")
+        page.paste(digits, (192, 72))
+        ink = ImageDraw.Draw(page)
+        ink.font = ImageFont.load_default(17)
+        ink.text((8, 8), CAPTION, "black")
+        for i, name in enumerate(names):
+            ink.text((8, 116 + 86 * i), name, "black", anchor="lm")
         with common.whole_file(out / f"{title}.png") as file:
             page.save(file, "png")
 
 
-def print_rows(dataset, rows):
-    """Print the table of the rows, after a word on its columns."""
+COLUMNS = {
+    "fooled": "target_fooled",
+    "judge": "judge_reads_y",
+    "both": "both",
+    "pgd_judge": "pgd_judge_reads_y",
+    "both (pgd)": "both_by_pgd_judge",
+}
+
+
+def print_report(dataset, accuracies, rows):
+    """Print the tables of the classifiers and of the rows, and what their columns mean."""
     print(f"""
-Week 2 on {dataset}: digits of class y, to be taken for y + 1 by the target classifier; in scratch
-and scratch-live, for 7 by an untrained one. In % of the digits: fooled, it does; judge 1, judge 2,
-a robust classifier that took no part reads y; both, fooled and read so. L2, L-inf: mean change.""")
-    rates = [
-        "target_fooled",
-        "judge_reads_y",
-        "both",
-        "pgd_judge_reads_y",
-        "both_by_pgd_judge",
-    ]
+Week 2 on {dataset}. The target is attacked, the auxiliaries help to train, and the judges only
+measure. Under PGD: on digits that PGD has changed by up to 0.3 (L-inf). A judge that is right on
+less than half of these has learnt from too few digits (--limit), and its answers mean little.
+""")
+    common.print_table(["classifier", "right on test digits"], accuracies.items())
+    print("""
+Each row draws digits of a class y, which the target should take for the next class, y + 1; in
+scratch and scratch-live, an untrained classifier should take them for 7. In % of the digits:
+  fooled             the classifier does so
+  judge, pgd_judge   this judge answers y; whether a person would was not measured
+  both, both (pgd)   fooled and judge, or fooled and pgd_judge, are true of one digit: the aim
+L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
+least L2 change that fools the target; L2/C&W: relative to it, on the digits that it searched.
+""")
     lines = []
     for name, row in rows.items():
-        line = [name]
-        for key in rates:
-            line.append(100 * row[key]["rate"])
-        line += [row["l2"], row["l2_over_cw"], row["linf"], row["digits_per_second"]]
-        lines.append(line)
-    head = ["row", "fooled", "judge 1", "both 1", "judge 2", "both 2"]
-    common.print_table([*head, "L2", "L2/C&W", "L-inf", "digits/s"], lines)
-
-
-def timed(function, *args):
-    """The images that `function` returns, and how many of them it makes per second."""
-    began = time.perf_counter()
-    images = function(*args)
-    images.sum().item()  # a GPU is done only now
-    return images, len(images) / (time.perf_counter() - began)
+        rates = [100 * row[key]["rate"] for key in COLUMNS.values()]
+        lines.append([name, *rates, row["l2"], row["l2_over_cw"], row["linf"]])
+    common.print_table(["row", *COLUMNS, "L2", "L2/C&W", "L-inf"], lines)
 
 
 def main(argv=None):
@@ -609,69 +542,55 @@ def main(argv=None):
     device = common.pick_device(args.device)
     out = args.out
     with common.hold(out):
-        original, critic, week_1 = load_week_1(args.generator, args.dataset, device)
-        dataset = week_1["dataset"]
+        original, critic, facts = load_week_1(args.generator, args.dataset, device)
+        dataset = facts["dataset"]
         _, images, digits = common.load_digits(dataset, args.data, limit=args.limit)
         images = images.to(device)
         digits = digits.to(device)
-        facts = {"dataset": dataset, "dataset_size": len(images)}
+        facts.update(dataset_size=len(images), batch_size=BATCH_SIZE)
+        facts.update(seed=args.seed, steps=args.steps)
         made_with = {}
         generators = {}
         for name, variant in VARIANTS.items():
-            made_with[name] = {"week_1": week_1["weights"], **facts, **variant._asdict()}
-            made_with[name].update(
-                seed=args.seed, steps=args.steps, batch_size=args.batch_size
-            )
-            generators[name] = load_generator(name, args, made_with[name], original)
+            made_with[name] = {**facts, **variant._asdict()}
+            generator = load_generator(name, args, made_with[name], original)
+            if generator or name in args.variant:
+                generators[name] = generator
         networks = load_networks(out, dataset, images, digits, original, critic)
-        _, test_images, test_digits = common.load_digits(
-            dataset, args.data, False, args.samples
-        )
-        rates = measure_classifiers(
-            networks, test_images.to(device), test_digits.to(device)
-        )
-        for name in args.variant:
-            if generators[name] is None:
-                generators[name], history = train(name, args, networks, images, digits)
-                if history:
-                    common.write_csv(out / f"history-{name}.csv", history)
-                checkpoint = {"kind": "transfer", "settings": made_with[name]}
-                checkpoint["generator"] = generators[name].state_dict()
-                with common.whole_file(out / f"generator-{name}.pt") as file:
-                    torch.save(checkpoint, file)
+        _, *test = common.load_digits(dataset, args.data, False, args.samples)
+        rates = measure_classifiers(networks, test[0].to(device), test[1].to(device))
         labels = torch.arange(args.samples, device=device) % CLASSES
         drawn = {}
         rows = {}
-        for name, generator in common.progress(generators.items(), "drawing", unit="row"):
-            if generator is not None:
-                drawn[name], speed = timed(acwgan.generate, generator, labels, args.seed)
-                start = drawn["original"]
-                rows[name], classes = measure(
-                    drawn[name], start, labels, VARIANTS[name], networks
-                )
-                rows[name]["digits_per_second"] = speed
-                path = out / f"samples-{name}.npz"
-                acwgan.save_samples(path, drawn[name], labels, **classes)
-        variant = VARIANTS["original"]
-        for name, (attack, options, n) in ATTACKS.items():
-            start = drawn["original"][:n]
-            wanted = wanted_classes(variant, labels[:n])
-            images, speed = timed(
-                attack_in_batches, name, attack, options, networks.target, start, wanted
-            )
-            drawn[name] = (images * 255).round() / 255
-            rows[name], _ = measure(drawn[name], start, labels[:n], variant, networks)
-            rows[name]["digits_per_second"] = speed
-        n = len(drawn["carlini-wagner"])
-        cw_l2 = max(1e-9, rows["carlini-wagner"]["l2"])  # 0 where it finds nothing
+        for name, generator in generators.items():
+            if generator is None:
+                generator = train(name, args, networks, images, digits)
+                checkpoint = {"kind": "transfer", "settings": made_with[name]}
+                checkpoint["generator"] = generator.state_dict()
+                with common.whole_file(out / f"generator-{name}.pt") as file:
+                    torch.save(checkpoint, file)
+            generator.to(device).eval()
+            drawn[name] = acwgan.generate(generator, labels, args.seed)
+            start = drawn["original"]
+            row, classes = measure(drawn[name], start, labels, VARIANTS[name], networks)
+            rows[name] = row
+            path = out / f"samples-{name}.npz"
+            acwgan.save_samples(path, drawn[name], labels, **classes)
+        labels = labels[:CW_DIGITS]
+        start = drawn["original"][:CW_DIGITS]
+        least = carlini_wagner(networks.target, start, (labels + 1) % CLASSES)
+        least = (least * 255).round() / 255
+        drawn["carlini-wagner"] = least
+        row, _ = measure(least, start, labels, VARIANTS["original"], networks)
+        rows["carlini-wagner"] = row
+        least_l2 = row["l2"]  # 0 where the search finds nothing
         for name, row in rows.items():
-            change = (drawn[name][:n] - drawn["original"][:n]).flatten(1)
-            row["l2_over_cw"] = change.norm(dim=1).mean().item() / cw_l2
+            l2 = mean_l2(drawn[name][:CW_DIGITS] - start)
+            row["l2_over_cw"] = l2 / least_l2 if least_l2 else None
         write_figures(out, drawn)
         facts.update(device=str(device), accuracy=rates)
         record = common.write_results(args, {"rows": rows}, **facts)
-    common.print_table(["classifier", "right on test images"], rates.items())
-    print_rows(dataset, rows)
+    print_report(dataset, rates, rows)
     return record
 
 
