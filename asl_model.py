@@ -21,7 +21,6 @@ import copy
 import functools
 import math
 import os
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,26 +44,20 @@ class Architecture(NamedTuple):
     batch_size: int
     lr: float
     features: int  # inputs of the last layer
-    blocks: tuple = ()  # in TResNet's four stages
+    blocks: tuple = ()  # in TResNet's four stages; torchvision's ResNets have none
     width: int = 64  # channels of TResNet's first stage
-    file: str = ""  # published weights, MS_COCO_<file>.pth in ZOO
 
 
 ARCHITECTURES = {
     "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1), 16),
-    "tresnet_m": Architecture(
-        224, 60, 16, 1e-3, 2048, (3, 4, 11, 3), 64, "TRresNet_M_224_81.8"
-    ),
-    "tresnet_l": Architecture(
-        448, 60, 16, 1e-3, 2432, (4, 5, 18, 3), 76, "TRresNet_L_448_86.6"
-    ),
-    "tresnet_xl": Architecture(
-        640, 60, 16, 1e-3, 2656, (4, 5, 24, 3), 83, "TResNet_xl_640_88.4"
-    ),
-    "resnet18": Architecture(128, 3, 64, 2e-4, 512),  # torchvision's
+    "tresnet_m": Architecture(224, 60, 16, 1e-3, 2048, (3, 4, 11, 3), 64),
+    "tresnet_l": Architecture(448, 60, 16, 1e-3, 2432, (4, 5, 18, 3), 76),
+    "tresnet_xl": Architecture(640, 60, 16, 1e-3, 2656, (4, 5, 24, 3), 83),
+    "resnet18": Architecture(128, 3, 64, 2e-4, 512),
     "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
+PUBLISHED = "MS_COCO_TRresNet_M_224_81.8.pth"
 OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
 GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
@@ -77,8 +70,6 @@ EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
 ANEW = "train anew with --force"
 OTHER_FILE = "name another file with --weights"
-TRAIN_IT = "python asl_model.py --train --dataset coco --arch resnet18"
-TRAINING_TIME = "half an hour per epoch on two CPU cores"
 
 
 def settings(argv=None):
@@ -94,15 +85,17 @@ def settings(argv=None):
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
-    text = "default: the one of --weights; to --train tresnet_m, on scenes tresnet_s"
-    add("--arch", choices=ARCHITECTURES, help=text)
-    text = (
-        f"checkpoint; default: what --train left in {OUT}, else the published one; with "
+    add(
+        "--arch",
+        choices=ARCHITECTURES,
+        help="default: the one of --weights; to --train tresnet_m, on scenes tresnet_s",
     )
-    text += (
-        "--train the start; default: ImageNet's weights for a resnet, else random ones"
+    add(
+        "--weights",
+        metavar="FILE",
+        help=f"checkpoint; default: what --train left in {OUT}, else the published one; "
+        "with --train the start; default: ImageNet's weights for a resnet, else random ones",
     )
-    add("--weights", metavar="FILE", help=text)
     size = common.number(int, 32, 1024)
     add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
     text = "a label is present where its probability is larger; ASL's code has 0.8"
@@ -115,9 +108,6 @@ def settings(argv=None):
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
 
     args = p.parse_args(argv)
-    for path in (args.image, args.weights):
-        if path and not Path(path).is_file():
-            p.error(f"there is no file {path}")
     p.set_defaults(batch_size=32)
     if args.resume:
         path = args.out / "checkpoint.pt"
@@ -133,14 +123,15 @@ def settings(argv=None):
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
+    for path in (args.image, args.weights):
+        if path and not Path(path).is_file():
+            p.error(f"there is no file {path}")
     if args.split and (args.dataset == "scenes" or args.train):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
         p.error("--image-size must be a multiple of 4")
-    if args.arch and not (args.train or args.weights or ARCHITECTURES[args.arch].file):
-        p.error(
-            f"--arch {args.arch}: no weights are published; name a file with --weights"
-        )
+    if args.arch and not (args.train or args.weights):
+        p.error("--arch goes with --train or --weights")
     if args.out == OUT and not args.train:
         args.out = Path("runs/asl_model_evaluation")  # a training's record stays
     return args
@@ -163,9 +154,10 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x):
-        moments = (self.running_mean, self.running_var)
+        mean = self.running_mean
+        var = self.running_var
         x = F.batch_norm(
-            x, *moments, self.weight, self.bias, self.training, 0.1, self.eps
+            x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps
         )
         return x if self.slope == 1 else F.leaky_relu(x, self.slope, inplace=True)
 
@@ -227,8 +219,6 @@ class TResNet(nn.Module):
     def __init__(self, arch, num_classes=80):
         super().__init__()
         row = ARCHITECTURES[arch]
-        self.arch = arch
-        self.image_size = row.image_size
         c_in = row.width
         self.body = nn.Sequential()
         self.body.add_module("conv1", ConvNorm(48, c_in, 3, 1e-2))
@@ -240,9 +230,9 @@ class TResNet(nn.Module):
                 layer.append(Block(c_in, c_out, stride, stage < 3, stage > 1))
                 c_in = c_out
             self.body.add_module(f"layer{stage + 1}", layer)
-        self.head = nn.Sequential()
-        self.head.add_module("fc", nn.Linear(row.features, num_classes))
-        nn.init.normal_(self.head.fc.weight, 0, 0.01)
+        fc = nn.Linear(row.features, num_classes)
+        nn.init.normal_(fc.weight, 0, 0.01)
+        self.head = nn.Sequential(collections.OrderedDict(fc=fc))
 
     def forward(self, images):
         # the stem: 4x4 pixels become one of 48 channels, those of a pixel side by side
@@ -263,12 +253,14 @@ def normalise(_, inputs):
 
 def new_network(arch, num_classes):
     """A network of random weights: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes)."""
-    if ARCHITECTURES[arch].blocks:
-        return tresnet(arch, num_classes)
-    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-    network.register_forward_pre_hook(normalise)
+    row = ARCHITECTURES[arch]
+    if row.blocks:
+        network = tresnet(arch, num_classes)
+    else:
+        network = torchvision.models.get_model(arch, num_classes=num_classes)
+        network.register_forward_pre_hook(normalise)
     network.arch = arch
-    network.image_size = ARCHITECTURES[arch].image_size
+    network.image_size = row.image_size
     return network
 
 
@@ -278,19 +270,18 @@ def fold(network):
 
     The logits are equal, up to rounding. A ResNet's norms stay as they are.
     """
-    device = next(network.parameters()).device
-    network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             bias = norm.bias - norm.running_mean * scale
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            conv.bias = nn.Parameter(bias.to(norm.bias.dtype))
+            conv.bias = nn.Parameter(bias.to(norm.bias), requires_grad=False)
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
-    return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network.to(memory_format=torch.channels_last)
 
 
 # --- the gradient of inplace_abn v1.0.12
@@ -350,21 +341,20 @@ class InplaceABN1012(nn.Module):
         super().__init__()
         self.network = network
         self.first = first
-        self.places = 0
-        self.is_checked = False
+        self.places = None  # it has not run yet
 
     def forward(self, images):
         if torch.is_inference_mode_enabled():  # there is no gradient to imitate
             return self.network(images)
-        plain = None
-        if not self.is_checked:
-            plain = self.network(images.clone())
+        is_checked = self.places is not None
+        expected = None if is_checked else self.network(images.clone())
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images)
-        if plain is not None and not torch.allclose(logits, plain, 1e-4, 1e-4):
-            text = "inplace_abn v1.0.12 cannot be imitated for this network"
-            raise common.Failure(f"{text}: its logits change")
-        self.is_checked = True
+        if not is_checked and not torch.allclose(logits, expected, 1e-4, 1e-4):
+            raise common.Failure(
+                "inplace_abn v1.0.12 cannot be imitated for this network: its logits "
+                "change; use its right gradient"
+            )
         self.places = mode.places
         return logits
 
@@ -380,13 +370,17 @@ def inplace_abn_1_0_12(model, first=None):
     scripted or traced, or cannot be copied.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        text = "a scripted or traced network hides its activations"
-        raise common.Failure(f"{text}; pass the network that it was made from", 2)
+        raise common.Failure(
+            "a scripted or traced network hides its activations; "
+            "pass the network that it was made from",
+            2,
+        )
     try:
         model = copy.deepcopy(model).eval()
     except (TypeError, RuntimeError) as problem:
-        text = f"the network cannot be copied ({problem})"
-        raise common.Failure(f"{text}; use its right gradient", 2) from None
+        raise common.Failure(
+            f"the network cannot be copied ({problem}); use its right gradient", 2
+        ) from None
     for module in model.modules():
         if type(module).__name__ == "FrozenBatchNorm2d":  # no F.batch_norm, but a product
             module.register_forward_hook(mark_normalised)
@@ -394,12 +388,6 @@ def inplace_abn_1_0_12(model, first=None):
 
 
 # --- weights
-
-
-def published(arch, data_dir):
-    """The path of the weights that ASL's authors published for `arch`, downloaded if absent."""
-    file = f"MS_COCO_{ARCHITECTURES[arch].file}.pth"
-    return common.download(ZOO + file, Path(data_dir, file))
 
 
 def coco_weights(data_dir):
@@ -411,10 +399,13 @@ def coco_weights(data_dir):
     if own:
         return own[-1]
     try:
-        return published("tresnet_m", data_dir)
+        return common.download(ZOO + PUBLISHED, Path(data_dir, PUBLISHED))
     except common.Failure as problem:
-        text = f"no classifier of COCO is here; train one, {TRAINING_TIME}: {TRAIN_IT}"
-        raise common.Failure(f"{text} (of the published one: {problem})") from None
+        raise common.Failure(
+            "no classifier of COCO is here; train one, half an hour per epoch on two CPU "
+            "cores: python asl_model.py --train --dataset coco --arch resnet18 "
+            f"(of the published one: {problem})"
+        ) from None
 
 
 def state_dict_of(content, path="the checkpoint"):
@@ -447,21 +438,20 @@ def inplace_abn_gammas(state):
     return converted
 
 
-def class_names_of(content, n, path):
+def class_names_of(content, n):
     """The names of a checkpoint's `n` outputs, in their order."""
     table = content.get("idx_to_class")
-    if table is None and n == 80:
-        print(f"{path} has no class names; its 80 outputs are taken for COCO's, in order")
-        detection = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
-        known = detection.meta["categories"]
-        return [name for name in known if name not in ("__background__", "N/A")]
-    if table is None:
+    if table:
+        table = {int(i): str(name) for i, name in table.items()}
+        return [table[i] for i in range(n)]
+    if n != 80:
         return [str(i) for i in range(n)]
-    if isinstance(table, dict):
-        names = [str(table.get(i, table.get(str(i)))) for i in range(n)]
-        if len({name for name in names if name.isprintable()}) == n:
-            return names
-    raise common.Failure(f"{path}: idx_to_class must give {n} names; {OTHER_FILE}")
+    print(
+        "the weights have no class names; their 80 outputs are taken for COCO's, in order"
+    )
+    detection = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
+    known = detection.meta["categories"]
+    return [name for name in known if name not in ("__background__", "N/A")]
 
 
 def load_asl(path, arch=None, folded=True):
@@ -488,15 +478,13 @@ def load_asl(path, arch=None, folded=True):
             if content.get("norm") != "batch norm":
                 state = inplace_abn_gammas(state)
         network.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as problem:
-        text = f"{path} is no {arch or 'TResNet, ResNet-18 or ResNet-50'}"
-        raise common.Failure(f"{text}; {OTHER_FILE}: {problem}") from None
-    size = content.get("image_size", network.image_size)
-    if size not in range(32, 1025, 4):
-        text = f"{path}: image_size {size} is no multiple of 4 from 32 to 1024"
-        raise common.Failure(f"{text}; {OTHER_FILE}")
-    network.image_size = size
-    names = class_names_of(content, n, path)
+        names = class_names_of(content, n)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
+        raise common.Failure(
+            f"{path} is no {arch or 'TResNet, ResNet-18 or ResNet-50'} with its class names; "
+            f"{OTHER_FILE}: {problem!r}"
+        ) from None
+    network.image_size = content.get("image_size", network.image_size)
     return fold(network) if folded else network.eval(), names
 
 
@@ -543,8 +531,11 @@ def scene_digits(source, data_dir, split):
     """`common.load_digits` of train, validation (the last twelfth of the training set) or test."""
     name, images, labels = common.load_digits(source, data_dir, split != "test")
     cut = len(images) - len(images) // 12
-    parts = {"train": slice(cut), "validation": slice(cut, None), "test": slice(None)}
-    return name, images[parts[split]], labels[parts[split]]
+    if split == "train":
+        return name, images[:cut], labels[:cut]
+    if split == "validation":
+        return name, images[cut:], labels[cut:]
+    return name, images, labels
 
 
 def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
@@ -555,7 +546,7 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
     float32 in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`,
     whatever `n`. Raises Failure if the digits can't be read.
     """
-    _, digits, classes = scene_digits(source, data_dir, split)
+    digits, classes = scene_digits(source, data_dir, split)[1:]
     rng = np.random.default_rng([seed, len(split)])
     images = np.empty((n, 3, image_size, image_size), np.float32)
     labels = torch.zeros(n, 10)
@@ -594,21 +585,21 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         photos, labels, known = common.load_coco(data_dir, image_size, limit, part)
         rows = labels.any(1).nonzero()[:, 0]
         # whatever the seed and the limit, so that a later training holds out the same photos
-        is_held_out = torch.arange(len(rows)) % HELD_OUT_EVERY == 0
-        if split in ("held-out", "train"):
-            rows = rows[is_held_out == (split == "held-out")]
+        if split == "held-out":
+            rows = rows[::HELD_OUT_EVERY]
+        elif split == "train":
+            rows = rows[torch.arange(len(rows)) % HELD_OUT_EVERY > 0]
         if len(rows) == 0:
             raise common.Failure(f"no photo of {part} has a label; raise --limit", 2)
         images = common.Photos([photos.paths[i] for i in rows], image_size)
         labels = labels[rows]
-        description = f"labelled photos of COCO {part}"
-        if split == "held-out":
-            description += ", held out of training"
+        description = f"labelled photos of COCO {split}"
     names = names or known
     if set(names) != set(known):
         name = min(set(names) ^ set(known))[:99]
-        text = f"only one of the network and {dataset} has the label {name}; {OTHER_FILE}"
-        raise common.Failure(text, 2)
+        raise common.Failure(
+            f"only one of the network and {dataset} has the label {name}; {OTHER_FILE}", 2
+        )
     return images, labels[:, [known.index(name) for name in names]], names, description
 
 
@@ -677,9 +668,9 @@ def starting_network(settings, names):
         file = url.rpartition("/")[2]  # it ends in the start of its hash: -f37072fd.pth
         path = common.download(url, Path(settings.data, file), file[-12:-4])
     network, known = load_asl(path, settings.arch, folded=False)
-    head = getattr(network, "head", network)
     if known != names:
         print(f"the labels are not those of {path}: the last layer starts anew")
+        head = getattr(network, "head", network)
         head.fc = nn.Linear(head.fc.in_features, len(names))
     return network
 
@@ -703,10 +694,8 @@ def training_batches(settings, images, labels, steps):
         done = 0
 
 
-def starting_checkpoint(path, settings, resume, force):
-    """The checkpoint of the same training to go on from, or None; raises Failure for another's."""
-    if force or not path.exists():
-        return None
+def saved_training(path, settings, resume):
+    """The checkpoint of the same training; raises Failure for another's or an unfinished one."""
     checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
     same = settings._asdict()
     del same["data"], same["threshold"]  # which the weights do not depend on
@@ -716,34 +705,6 @@ def starting_checkpoint(path, settings, resume, force):
     return checkpoint
 
 
-def save_training(path, state, parts):
-    """Write the state of a training and of its parts; raises Failure if it has diverged."""
-    content = dict(state)
-    for name, part in parts.items():
-        content[name] = part.state_dict()
-    if not all(x.isfinite().all() for x in content.get("network", {}).values()):
-        text = f"the training diverged by step {state['steps']:,}: a weight is not finite"
-        raise common.Failure(f"{text}; lower --lr {state['settings']['lr']}")
-    with common.whole_file(path) as file:
-        torch.save(content, file)
-
-
-def starting_parts(settings, names, device, state):
-    """The networks and the optimiser of a training, as its `state` has them if there is one."""
-    torch.manual_seed(settings.seed)
-    network = new_network(settings.arch, len(names))
-    if not state:
-        network = starting_network(settings, names)
-    network.train().to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(network.parameters(), fused=True)
-    parts = {"network": network, "average": average, "adam": adam}
-    for name, part in parts.items():
-        if state:
-            part.load_state_dict(state.pop(name))
-    return parts
-
-
 def train(settings, out, device, resume=False, force=False):
     """Train a network with these `Settings`; returns facts for the record, such as its path.
 
@@ -751,36 +712,55 @@ def train(settings, out, device, resume=False, force=False):
     Raises Failure if `out` holds another one, or an unfinished one and not `resume`, if there are
     too few images, and if the training diverges.
     """
-    path = out / "checkpoint.pt"
-    state = starting_checkpoint(path, settings, resume, force)
     s = settings
-    sizes = {"image_size": s.image_size, "limit": s.limit, "seed": s.seed}
-    images, labels, names, _ = load_data(s.dataset, s.data, split="train", **sizes)
-    held_out = load_data(s.dataset, s.data, split=HELD_OUT[s.dataset], **sizes)
+    path = out / "checkpoint.pt"
+    saved = None
+    if path.exists() and not force:
+        saved = saved_training(path, s, resume)
+    images, labels, names, _ = load_data(
+        s.dataset, s.data, s.image_size, "train", limit=s.limit, seed=s.seed
+    )
+    held_out, held_out_labels = load_data(
+        s.dataset, s.data, s.image_size, HELD_OUT[s.dataset], names, s.limit, s.seed
+    )[:2]
     total = s.epochs * (len(labels) // s.batch_size)
     if total == 0:
-        text = f"--batch-size {s.batch_size}: there are {len(labels)} training images"
-        raise common.Failure(text, 2)
-    parts = starting_parts(s, names, device, state)
-    network = parts["network"]
-    average = parts["average"]
-    adam = parts["adam"]
+        raise common.Failure(
+            f"--batch-size {s.batch_size}: there are {len(labels)} training images", 2
+        )
+    torch.manual_seed(s.seed)
+    network = new_network(s.arch, len(names))
+    if not saved:
+        network = starting_network(s, names)
+    network.train().to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    adam = torch.optim.Adam(network.parameters(), fused=True)
+    parts = {"network": network, "average": average, "adam": adam}
+    for name, part in parts.items():
+        if saved:
+            part.load_state_dict(saved[name])
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
+    # with its "model", the best network, it is also what load_asl takes
+    checkpoint = saved or {
+        "kind": "asl_model",
+        "settings": s._asdict(),
+        "image_size": s.image_size,
+        "norm": "batch norm",
+        "num_classes": len(names),
+        "idx_to_class": dict(enumerate(names)),
+        "total_steps": total,
+        "steps": 0,
+        "history": [],
+    }
+    history = checkpoint["history"]
+    evaluations = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
     bf16 = common.has_bf16(device)
-    # with its "model", the best network, it is also what load_asl takes
-    state = state or {"kind": "asl_model", "steps": 0, "seconds": 0.0, "history": []}
-    state.update(settings=s._asdict(), arch=s.arch, image_size=s.image_size)
-    state.update(norm="batch norm", num_classes=len(names), total_steps=total)
-    state["idx_to_class"] = dict(enumerate(names))
-    history = state["history"]
-    evaluations = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
-    start = time.time() - state["seconds"]
     bar = common.progress(desc="training, in images", total=total * s.batch_size)
-    bar.update(state["steps"] * s.batch_size)
-    batches = training_batches(s, images, labels, state["steps"])
-    for step, (batch, targets) in enumerate(batches, state["steps"] + 1):
+    bar.update(checkpoint["steps"] * s.batch_size)
+    batches = training_batches(s, images, labels, checkpoint["steps"])
+    for step, (batch, targets) in enumerate(batches, checkpoint["steps"] + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
         rise = min(step / (total + 1) / 0.2, (1 - step / (total + 1)) / 0.8)
         adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
@@ -793,39 +773,45 @@ def train(settings, out, device, resume=False, force=False):
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
         bar.update(s.batch_size)
         if step in evaluations:
-            logits = predict(average, held_out[0], device, s.batch_size, bar)
-            mean_ap = average_precision(logits, held_out[1].numpy()).mean().item()
+            logits = predict(average, held_out, device, s.batch_size)
+            mean_ap = average_precision(logits, held_out_labels.numpy()).mean().item()
             row = {"step": step, "loss": loss.item() / s.batch_size, "mAP": mean_ap}
             history.append(row)
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
-                state["model"] = copy.deepcopy(average.state_dict())
-                state.update(mAP=mean_ap, mAP_on=held_out[-1])
+                checkpoint["model"] = copy.deepcopy(average.state_dict())
         if step in evaluations or step % SAVE_EVERY == 0:
-            state.update(steps=step, seconds=time.time() - start)
-            save_training(path, state, parts)
+            if not all(x.isfinite().all() for x in weights):
+                raise common.Failure(
+                    f"the training diverged by step {step:,}: a weight is not finite; "
+                    f"lower --lr {s.lr}"
+                )
+            checkpoint["steps"] = step
+            for name, part in parts.items():
+                checkpoint[name] = part.state_dict()
+            with common.whole_file(path) as file:
+                torch.save(checkpoint, file)
     bar.close()
+    for name in parts:
+        del checkpoint[name]
     path = out / f"{s.arch}-{s.dataset}.pth"
-    save_training(path, state, {})
+    with common.whole_file(path) as file:
+        torch.save(checkpoint, file)
     common.write_csv(out / "history.csv", history)
-    facts = {"weights": path, "dataset_size": len(labels), "steps": total, "bf16": bf16}
-    return {**facts, "training_seconds": state["seconds"]}
+    return {"weights": path, "dataset_size": len(labels), "steps": total, "bf16": bf16}
 
 
-def scenes_classifier(data_dir, device, seed=0):
+def scenes_classifier(data_dir, device):
     """(Network, class names, path) of the classifier of scenes, trained where there is none.
 
-    It lies in runs/scenes_classifier/mnist or glyphs; other seeds than 0 are added to that name.
+    It lies in runs/scenes_classifier/mnist or glyphs.
     """
     digits = scene_digits("auto", str(data_dir), "train")[0]
     out = Path("runs/scenes_classifier", digits)
-    if seed != 0:
-        out = out.with_name(f"{digits}-seed{seed}")
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        settings = Settings(seed=seed, digits=digits, data=str(data_dir))
         with common.hold(out):
-            train(settings, out, device, resume=True)
+            train(Settings(digits=digits, data=str(data_dir)), out, device, resume=True)
     network, names = load_asl(path)
     return network.to(device), names, path
 
@@ -834,16 +820,13 @@ def scenes_classifier(data_dir, device, seed=0):
 
 
 @torch.inference_mode()
-def predict(network, images, device, batch_size=32, bar=None):
-    """The logits (N, L), a float32 array, of images; shows progress, unless in another `bar`."""
-    rows = torch.arange(len(images))
+def predict(network, images, device, batch_size=32):
+    """The logits (N, L), a float32 array, of images (a tensor or `common.Photos`)."""
     logits = []
-    with common.progress(
-        desc="measuring, in images", total=len(rows), disable=bar is not None
-    ) as own_bar:
-        for batch in read_batches(images, rows.split(batch_size)):
+    with common.progress(desc="measuring, in images", total=len(images)) as bar:
+        for batch in read_batches(images, torch.arange(len(images)).split(batch_size)):
             logits.append(network(batch.to(device)).float().cpu())
-            own_bar.update(len(batch))
+            bar.update(len(batch))
     return torch.cat(logits).numpy()
 
 
@@ -874,37 +857,33 @@ def measure(logits, labels, threshold):
     predicted = is_present(logits, threshold)
     present = labels > 0
     right = (predicted & present).sum()
-    precisions = average_precision(logits, labels)
     return {
         "n": len(labels),
-        "classes": labels.shape[1],
-        "classes_present": len(precisions),
-        "mAP": precisions.mean().item(),
+        "classes_present": present.any(0).sum().item(),
+        "mAP": average_precision(logits, labels).mean().item(),
         "OP": common.wilson(right, predicted.sum()),
         "OR": common.wilson(right, present.sum()),
-        "exact": common.wilson((predicted == present).all(1).sum(), len(labels)),
     }
 
 
 def main(argv=None):
     """Do what the flags say; returns the record in results.json, with the numbers of each split."""
-    start = time.time()
     args = settings(argv)
     device = common.pick_device(args.device)
     facts = {"dataset": args.dataset, "device": str(device)}
     scenes = args.dataset == "scenes"
     splits = ["test"] if scenes else [args.split or "val2017"]
     numbers = {}
-    lines = []
     with common.hold(args.out):
         if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
-            text = f"--out {args.out} holds a training"
-            raise common.Failure(f"{text}; choose another folder, or add --force", 2)
+            raise common.Failure(
+                f"--out {args.out} holds a training; choose another folder, or add --force",
+                2,
+            )
         if args.train:
-            values = {name: vars(args).get(name) for name in Settings._fields}
+            plan = Settings(*[vars(args).get(name) for name in Settings._fields])
             if scenes:
-                values["digits"] = scene_digits("auto", args.data, "train")[0]
-            plan = Settings(**values)
+                plan = plan._replace(digits=scene_digits("auto", args.data, "train")[0])
             facts.update(train(plan, args.out, device, args.resume, args.force))
             path = facts["weights"]
             splits.insert(0, HELD_OUT[args.dataset])
@@ -912,8 +891,6 @@ def main(argv=None):
             path = args.weights
         elif scenes:
             path = scenes_classifier(args.data, device)[2]
-        elif args.arch:
-            path = published(args.arch, args.data)
         else:
             path = coco_weights(args.data)
         network, names = load_asl(path, args.arch)
@@ -921,15 +898,13 @@ def main(argv=None):
         size = args.image_size or network.image_size
         facts.update(weights=str(path), arch=network.arch)
         if args.image:
-            splits = []
             logits = predict(network, common.Photos([args.image], size), device)[0]
             probabilities = torch.from_numpy(logits).sigmoid().tolist()
-            order = np.argsort(-logits, kind="stable")
-            present = order[: is_present(logits, args.threshold).sum()]
-            numbers["labels"] = {names[i]: probabilities[i] for i in present}
-            for rank, i in enumerate(order[: len(present) + 3]):
-                note = "" if rank < len(present) else "(not present)"
-                lines.append(f"{probabilities[i]:.3f}  {names[i]} {note}")
+            numbers["labels"] = {}
+            for i in np.argsort(-logits, kind="stable"):
+                if is_present(logits[i], args.threshold):
+                    numbers["labels"][names[i]] = probabilities[i]
+            splits = []
         for split in splits:
             images, labels, _, description = load_data(
                 args.dataset, args.data, size, split, names, args.limit, args.seed
@@ -938,12 +913,9 @@ def main(argv=None):
             numbers[split] = measure(logits, labels.numpy(), args.threshold)
             numbers[split]["images"] = description
             facts.setdefault("dataset_size", len(labels))
-        facts["seconds"] = time.time() - start
         record = common.write_results(args, numbers, **facts)
-    for line in lines:
-        print(line)
-    for split in splits:
-        common.print_table([split, str(path)], numbers[split].items())
+    for head, values in numbers.items():
+        common.print_table([head, str(path)], values.items())
     return record
 
 
