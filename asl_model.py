@@ -27,11 +27,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import RandAugment
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
 
@@ -103,12 +103,11 @@ def settings(argv=None):
     text = "part of coco that judges the network; default: val2017"
     add("--split", choices=("val2017", "train2017"), help=text)
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
-    text = "images in a step, or measured at once; default: 32"
-    add("--batch-size", type=common.number(int, 2), help=text)
+    text = "images in a step, or measured at once"
+    add("--batch-size", type=common.number(int, 2), default=32, help=text)
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
 
     args = p.parse_args(argv)
-    p.set_defaults(batch_size=32)
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
@@ -118,8 +117,13 @@ def settings(argv=None):
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
         row = ARCHITECTURES[arch]
-        p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
-        p.set_defaults(batch_size=row.batch_size, lr=row.lr)
+        p.set_defaults(
+            arch=arch,
+            image_size=row.image_size,
+            epochs=row.epochs,
+            batch_size=row.batch_size,
+            lr=row.lr,
+        )
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
@@ -346,14 +350,12 @@ class InplaceABN1012(nn.Module):
     def forward(self, images):
         if torch.is_inference_mode_enabled():  # there is no gradient to imitate
             return self.network(images)
-        is_checked = self.places is not None
-        expected = None if is_checked else self.network(images.clone())
+        expected = self.network(images.clone()) if self.places is None else None
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images)
-        if not is_checked and not torch.allclose(logits, expected, 1e-4, 1e-4):
+        if expected is not None and not torch.allclose(logits, expected, 1e-4, 1e-4):
             raise common.Failure(
-                "inplace_abn v1.0.12 cannot be imitated for this network: its logits "
-                "change; use its right gradient"
+                "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
             )
         self.places = mode.places
         return logits
@@ -622,20 +624,19 @@ def augment(images, seeds):
     threads: it borrows torch's global random stream.
     """
     rand_augment = RandAugment()
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     size = images.shape[-1]
     side = size // 2  # of the square that is cut out
     augmented = []
     with torch.random.fork_rng(devices=[]):
-        for array, seed in zip(pixels, seeds, strict=True):
+        for pixels, seed in zip((images * 255).round().byte(), seeds, strict=True):
             torch.default_generator.manual_seed(seed)
             left, top = (torch.randint(size, (2,)) - side // 2).tolist()
             colour = tuple(torch.randint(256, (3,)).tolist())
-            image = Image.fromarray(array)
+            image = to_pil_image(pixels)
             square = (left, top, left + side - 1, top + side - 1)
             ImageDraw.Draw(image).rectangle(square, colour)
-            augmented.append(np.asarray(rand_augment(image)))
-    return torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2) / 255
+            augmented.append(to_tensor(rand_augment(image)))
+    return torch.stack(augmented).contiguous(memory_format=torch.channels_last)
 
 
 # --- training
@@ -677,48 +678,58 @@ def starting_network(settings, names):
 
 def training_batches(settings, images, labels, steps):
     """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
-    per_epoch = len(labels) // settings.batch_size
-    done = steps % per_epoch
-    for epoch in range(steps // per_epoch, settings.epochs):
+    batches = []
+    for epoch in range(settings.epochs):
         stream = torch.Generator().manual_seed(hash((settings.seed, epoch)) % 2**63)
         order = torch.randperm(len(labels), generator=stream)
-        batches = order.split(settings.batch_size)[done:per_epoch]
-        for rows, batch in zip(batches, read_batches(images, batches), strict=True):
-            if settings.dataset == "coco":
-                keys = [(settings.seed, epoch, row) for row in rows.tolist()]
-                seeds = [hash(key) % 2**63 for key in keys]
-                batch = augment(batch, seeds)
-                mirrored = torch.tensor(seeds) % 2 == 1
-                batch[mirrored] = batch[mirrored].flip(3)
-            yield batch, labels[rows]
-        done = 0
+        for rows in order.split(settings.batch_size)[
+            : len(labels) // settings.batch_size
+        ]:
+            batches.append((epoch, rows))
+    batches = batches[steps:]
+    tensors = read_batches(images, [rows for _, rows in batches])
+    for (epoch, rows), batch in zip(batches, tensors, strict=True):
+        if settings.dataset == "coco":
+            key = (settings.seed, epoch)
+            seeds = [hash((*key, row)) % 2**63 for row in rows.tolist()]
+            batch = augment(batch, seeds)
+            mirrored = torch.tensor(seeds) % 2 == 1
+            batch[mirrored] = batch[mirrored].flip(3)
+        yield batch, labels[rows]
 
 
-def saved_training(path, settings, resume):
-    """The checkpoint of the same training; raises Failure for another's or an unfinished one."""
-    checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
-    same = settings._asdict()
-    del same["data"], same["threshold"]  # which the weights do not depend on
-    common.require_same(path, checkpoint["settings"], same)
-    if checkpoint["steps"] < checkpoint["total_steps"] and not resume:
-        raise common.Failure(f"{path} is unfinished; continue it with --resume", 2)
-    return checkpoint
+def training_checkpoint(path, settings, force):
+    """The checkpoint of the same training, or a new one; raises Failure for another training's."""
+    if path.exists() and not force:
+        checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+        same = settings._asdict()
+        del same["data"], same["threshold"]  # which the weights do not depend on
+        common.require_same(path, checkpoint["settings"], same)
+        return checkpoint
+    # with its "model", the best network, it is also what load_asl takes
+    return {
+        "kind": "asl_model",
+        "settings": settings._asdict(),
+        "image_size": settings.image_size,
+        "norm": "batch norm",
+        "steps": 0,
+        "history": [],
+    }
 
 
-def train(settings, out, device, resume=False, force=False):
+def train(settings, out, device, force=False):
     """Train a network with these `Settings`; returns facts for the record, such as its path.
 
-    Writes into `out` what the top of this file says. A training that is finished is not repeated.
-    Raises Failure if `out` holds another one, or an unfinished one and not `resume`, if there are
-    too few images, and if the training diverges.
+    Writes into `out` what the top of this file says. A training that stopped there is continued, a
+    finished one is not repeated. Raises Failure if `out` holds another one, if there are too few
+    images, and if the training diverges.
     """
     s = settings
     path = out / "checkpoint.pt"
-    saved = None
-    if path.exists() and not force:
-        saved = saved_training(path, s, resume)
+    checkpoint = training_checkpoint(path, s, force)
+    done = checkpoint["steps"]
     images, labels, names, _ = load_data(
-        s.dataset, s.data, s.image_size, "train", limit=s.limit, seed=s.seed
+        s.dataset, s.data, s.image_size, "train", None, s.limit, s.seed
     )
     held_out, held_out_labels = load_data(
         s.dataset, s.data, s.image_size, HELD_OUT[s.dataset], names, s.limit, s.seed
@@ -730,37 +741,24 @@ def train(settings, out, device, resume=False, force=False):
         )
     torch.manual_seed(s.seed)
     network = new_network(s.arch, len(names))
-    if not saved:
+    if done == 0:
         network = starting_network(s, names)
     network.train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), fused=True)
     parts = {"network": network, "average": average, "adam": adam}
-    for name, part in parts.items():
-        if saved:
-            part.load_state_dict(saved[name])
+    if done > 0:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
-    # with its "model", the best network, it is also what load_asl takes
-    checkpoint = saved or {
-        "kind": "asl_model",
-        "settings": s._asdict(),
-        "image_size": s.image_size,
-        "norm": "batch norm",
-        "num_classes": len(names),
-        "idx_to_class": dict(enumerate(names)),
-        "total_steps": total,
-        "steps": 0,
-        "history": [],
-    }
-    history = checkpoint["history"]
-    evaluations = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
     bf16 = common.has_bf16(device)
-    bar = common.progress(desc="training, in images", total=total * s.batch_size)
-    bar.update(checkpoint["steps"] * s.batch_size)
-    batches = training_batches(s, images, labels, checkpoint["steps"])
-    for step, (batch, targets) in enumerate(batches, checkpoint["steps"] + 1):
+    history = checkpoint["history"]
+    checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
+    batches = training_batches(s, images, labels, done)
+    bar = common.progress(batches, "training, in steps", total, initial=done)
+    for step, (batch, targets) in enumerate(bar, done + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
         rise = min(step / (total + 1) / 0.2, (1 - step / (total + 1)) / 0.8)
         adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
@@ -771,33 +769,29 @@ def train(settings, out, device, resume=False, force=False):
         loss.backward()
         adam.step()
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
-        bar.update(s.batch_size)
-        if step in evaluations:
+        is_judged = step * EVALUATIONS % total < EVALUATIONS
+        if is_judged:
             logits = predict(average, held_out, device, s.batch_size)
             mean_ap = average_precision(logits, held_out_labels.numpy()).mean().item()
             row = {"step": step, "loss": loss.item() / s.batch_size, "mAP": mean_ap}
             history.append(row)
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
-        if step in evaluations or step % SAVE_EVERY == 0:
+        if is_judged or step % SAVE_EVERY == 0:
             if not all(x.isfinite().all() for x in weights):
-                raise common.Failure(
-                    f"the training diverged by step {step:,}: a weight is not finite; "
-                    f"lower --lr {s.lr}"
-                )
+                raise common.Failure(f"the training diverged; lower --lr {s.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
             with common.whole_file(path) as file:
                 torch.save(checkpoint, file)
-    bar.close()
     for name in parts:
         del checkpoint[name]
     path = out / f"{s.arch}-{s.dataset}.pth"
     with common.whole_file(path) as file:
         torch.save(checkpoint, file)
     common.write_csv(out / "history.csv", history)
-    return {"weights": path, "dataset_size": len(labels), "steps": total, "bf16": bf16}
+    return {"weights": path, "dataset_size": len(labels), "bf16": bf16}
 
 
 def scenes_classifier(data_dir, device):
@@ -805,13 +799,12 @@ def scenes_classifier(data_dir, device):
 
     It lies in runs/scenes_classifier/mnist or glyphs.
     """
-    digits = scene_digits("auto", str(data_dir), "train")[0]
-    out = Path("runs/scenes_classifier", digits)
+    out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         with common.hold(out):
-            train(Settings(digits=digits, data=str(data_dir)), out, device, resume=True)
+            train(Settings(data=str(data_dir)), out, device)
     network, names = load_asl(path)
     return network.to(device), names, path
 
@@ -867,13 +860,11 @@ def measure(logits, labels, threshold):
 
 
 def main(argv=None):
-    """Do what the flags say; returns the record in results.json, with the numbers of each split."""
+    """Do what the flags say; returns the record in results.json."""
     args = settings(argv)
     device = common.pick_device(args.device)
     facts = {"dataset": args.dataset, "device": str(device)}
     scenes = args.dataset == "scenes"
-    splits = ["test"] if scenes else [args.split or "val2017"]
-    numbers = {}
     with common.hold(args.out):
         if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
             raise common.Failure(
@@ -881,12 +872,9 @@ def main(argv=None):
                 2,
             )
         if args.train:
-            plan = Settings(*[vars(args).get(name) for name in Settings._fields])
-            if scenes:
-                plan = plan._replace(digits=scene_digits("auto", args.data, "train")[0])
-            facts.update(train(plan, args.out, device, args.resume, args.force))
+            fields = [vars(args).get(name) for name in Settings._fields]
+            facts.update(train(Settings(*fields), args.out, device, args.force))
             path = facts["weights"]
-            splits.insert(0, HELD_OUT[args.dataset])
         elif args.weights:
             path = args.weights
         elif scenes:
@@ -897,25 +885,24 @@ def main(argv=None):
         network.to(device)
         size = args.image_size or network.image_size
         facts.update(weights=str(path), arch=network.arch)
+        numbers = {}
         if args.image:
+            part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
             probabilities = torch.from_numpy(logits).sigmoid().tolist()
-            numbers["labels"] = {}
             for i in np.argsort(-logits, kind="stable"):
                 if is_present(logits[i], args.threshold):
-                    numbers["labels"][names[i]] = probabilities[i]
-            splits = []
-        for split in splits:
+                    numbers[names[i]] = probabilities[i]
+        else:
+            part = "test" if scenes else args.split or "val2017"
             images, labels, _, description = load_data(
-                args.dataset, args.data, size, split, names, args.limit, args.seed
+                args.dataset, args.data, size, part, names, args.limit, args.seed
             )
             logits = predict(network, images, device, args.batch_size)
-            numbers[split] = measure(logits, labels.numpy(), args.threshold)
-            numbers[split]["images"] = description
-            facts.setdefault("dataset_size", len(labels))
-        record = common.write_results(args, numbers, **facts)
-    for head, values in numbers.items():
-        common.print_table([head, str(path)], values.items())
+            numbers = measure(logits, labels.numpy(), args.threshold)
+            facts = {"dataset_size": len(labels), "images": description, **facts}
+        record = common.write_results(args, {part: numbers}, **facts)
+    common.print_table([part, path], numbers.items())
     return record
 
 
