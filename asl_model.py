@@ -45,14 +45,13 @@ class Architecture(NamedTuple):
     lr: float
     features: int  # inputs of the last layer
     blocks: tuple = ()  # in TResNet's four stages; torchvision's ResNets have none
-    width: int = 64  # channels of TResNet's first stage
 
 
 ARCHITECTURES = {
-    "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1), 16),
-    "tresnet_m": Architecture(224, 60, 16, 1e-3, 2048, (3, 4, 11, 3), 64),
-    "tresnet_l": Architecture(448, 60, 16, 1e-3, 2432, (4, 5, 18, 3), 76),
-    "tresnet_xl": Architecture(640, 60, 16, 1e-3, 2656, (4, 5, 24, 3), 83),
+    "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1)),
+    "tresnet_m": Architecture(224, 60, 16, 1e-3, 2048, (3, 4, 11, 3)),
+    "tresnet_l": Architecture(448, 60, 16, 1e-3, 2432, (4, 5, 18, 3)),
+    "tresnet_xl": Architecture(640, 60, 16, 1e-3, 2656, (4, 5, 24, 3)),
     "resnet18": Architecture(128, 3, 64, 2e-4, 512),
     "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
 }
@@ -68,6 +67,7 @@ MOST_DIGITS = 5  # in a scene
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
+EPS = 1e-5  # of InPlace-ABN and batch norm
 ANEW = "train anew with --force"
 OTHER_FILE = "name another file with --weights"
 
@@ -108,6 +108,9 @@ def settings(argv=None):
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
 
     args = p.parse_args(argv)
+    for path in (args.image, args.weights):
+        if path and not Path(path).is_file():
+            p.error(f"there is no file {path}")
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
@@ -127,9 +130,6 @@ def settings(argv=None):
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
-    for path in (args.image, args.weights):
-        if path and not Path(path).is_file():
-            p.error(f"there is no file {path}")
     if args.split and (args.dataset == "scenes" or args.train):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
@@ -138,6 +138,8 @@ def settings(argv=None):
         p.error("--arch goes with --train or --weights")
     if args.out == OUT and not args.train:
         args.out = Path("runs/asl_model_evaluation")  # a training's record stays
+    if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
+        p.error(f"--out {args.out} holds a training; choose another, or add --force")
     return args
 
 
@@ -146,8 +148,6 @@ def settings(argv=None):
 
 class NormAct(nn.Module):
     """Batch norm, then leaky ReLU of the given slope (1: none), with InPlace-ABN's parameters."""
-
-    eps = 1e-5  # InPlace-ABN's
 
     def __init__(self, channels, slope):
         super().__init__()
@@ -158,10 +158,8 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x):
-        mean = self.running_mean
-        var = self.running_var
         x = F.batch_norm(
-            x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training
         )
         return x if self.slope == 1 else F.leaky_relu(x, self.slope, inplace=True)
 
@@ -223,11 +221,12 @@ class TResNet(nn.Module):
     def __init__(self, arch, num_classes=80):
         super().__init__()
         row = ARCHITECTURES[arch]
-        c_in = row.width
+        width = row.features // 32  # channels of the first stage
+        c_in = width
         self.body = nn.Sequential()
         self.body.add_module("conv1", ConvNorm(48, c_in, 3, 1e-2))
         for stage, wider in enumerate((1, 2, 16, 32)):
-            c_out = wider * row.width
+            c_out = wider * width
             layer = nn.Sequential()
             for i in range(row.blocks[stage]):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -274,18 +273,18 @@ def fold(network):
 
     The logits are equal, up to rounding. A ResNet's norms stay as they are.
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            scale = norm.weight.double() / (norm.running_var.double() + EPS).sqrt()
             bias = norm.bias - norm.running_mean * scale
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            conv.bias = nn.Parameter(bias.to(norm.bias), requires_grad=False)
+            conv.bias = nn.Parameter(bias.to(norm.bias))
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
-    return network.to(memory_format=torch.channels_last)
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 # --- the gradient of inplace_abn v1.0.12
@@ -307,12 +306,6 @@ class SkippedDerivative(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def mark_normalised(_module, _inputs, output):
-    """Mark the output of a batch norm, as it is now: operations in place raise its version."""
-    output.normalised_version = output._version
-    return output
-
-
 class SkipDerivatives(torch.overrides.TorchFunctionMode):
     """Within, the `first` activations (None: all) skip their derivative in the backward pass.
 
@@ -329,7 +322,9 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").removesuffix("_")
         if name == "batch_norm":
-            return mark_normalised(None, None, function(*args, **kwargs))
+            output = function(*args, **kwargs)
+            output.normalised_version = output._version  # operations in place raise it
+            return output
         if name in ("relu", "leaky_relu", "elu") and self.places != self.first:
             x = args[0] if args else kwargs["input"]
             if name != "relu" or getattr(x, "normalised_version", None) == x._version:
@@ -373,9 +368,7 @@ def inplace_abn_1_0_12(model, first=None):
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise common.Failure(
-            "a scripted or traced network hides its activations; "
-            "pass the network that it was made from",
-            2,
+            "a scripted or traced network hides its activations; pass its original", 2
         )
     try:
         model = copy.deepcopy(model).eval()
@@ -383,9 +376,6 @@ def inplace_abn_1_0_12(model, first=None):
         raise common.Failure(
             f"the network cannot be copied ({problem}); use its right gradient", 2
         ) from None
-    for module in model.modules():
-        if type(module).__name__ == "FrozenBatchNorm2d":  # no F.batch_norm, but a product
-            module.register_forward_hook(mark_normalised)
     return InplaceABN1012(model, first)
 
 
@@ -422,7 +412,7 @@ def state_dict_of(content, path="the checkpoint"):
     for name, x in content.items():
         if not isinstance(x, torch.Tensor) or not x.isfinite().all():
             raise common.Failure(f"{path}: {name} is no finite tensor; {OTHER_FILE}")
-        state[str(name).removeprefix("module.")] = x
+        state[name.removeprefix("module.")] = x
     return state
 
 
@@ -436,7 +426,7 @@ def inplace_abn_gammas(state):
     for name in state:
         if name.endswith("running_mean"):
             gamma = name.replace("running_mean", "weight")
-            converted[gamma] = state[gamma].float().abs() + NormAct.eps
+            converted[gamma] = state[gamma].float().abs() + EPS
     return converted
 
 
@@ -467,14 +457,14 @@ def load_asl(path, arch=None, folded=True):
     """
     content = common.load_checkpoint(path, OTHER_FILE)
     state = state_dict_of(content, path)
-    last = "head.fc.weight" if "head.fc.weight" in state else "fc.weight"
+    is_tresnet = "head.fc.weight" in state
     try:
-        n, features = state[last].shape
+        n, features = state["head.fc.weight" if is_tresnet else "fc.weight"].shape
         for name, row in ARCHITECTURES.items():
-            if (features, last == "fc.weight") == (row.features, row.blocks == ()):
+            if row.features == features and bool(row.blocks) == is_tresnet:
                 arch = arch or name
         network = new_network(arch, n)
-        if last == "head.fc.weight":
+        if is_tresnet:
             state = {k: x for k, x in state.items() if "num_batches_tracked" not in k}
             # the gammas of our own files, which batch norm has trained, may be negative
             if content.get("norm") != "batch norm":
@@ -483,8 +473,7 @@ def load_asl(path, arch=None, folded=True):
         names = class_names_of(content, n)
     except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
         raise common.Failure(
-            f"{path} is no {arch or 'TResNet, ResNet-18 or ResNet-50'} with its class names; "
-            f"{OTHER_FILE}: {problem!r}"
+            f"{path} is no {arch or 'TResNet or ResNet'}; {OTHER_FILE}: {problem!r}"
         ) from None
     network.image_size = content.get("image_size", network.image_size)
     return fold(network) if folded else network.eval(), names
@@ -584,7 +573,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         known = list("0123456789")
     else:
         part = "val2017" if split == "val2017" else "train2017"
-        photos, labels, known = common.load_coco(data_dir, image_size, limit, part)
+        images, labels, known = common.load_coco(data_dir, image_size, limit, part)
         rows = labels.any(1).nonzero()[:, 0]
         # whatever the seed and the limit, so that a later training holds out the same photos
         if split == "held-out":
@@ -593,7 +582,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
             rows = rows[torch.arange(len(rows)) % HELD_OUT_EVERY > 0]
         if len(rows) == 0:
             raise common.Failure(f"no photo of {part} has a label; raise --limit", 2)
-        images = common.Photos([photos.paths[i] for i in rows], image_size)
+        images.paths = [images.paths[i] for i in rows]
         labels = labels[rows]
         description = f"labelled photos of COCO {split}"
     names = names or known
@@ -608,7 +597,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
 def read_batches(images, batches):
     """Yield the images (a tensor or `common.Photos`) at each list of row numbers in `batches`."""
     ahead = collections.deque()  # threads decode the photos of three more batches
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         for rows in batches:
             ahead.append(pool.map(images.__getitem__, map(int, rows)))
             if len(ahead) > 3:
@@ -678,19 +667,16 @@ def starting_network(settings, names):
 
 def training_batches(settings, images, labels, steps):
     """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
+    per_epoch = len(labels) // settings.batch_size
     batches = []
     for epoch in range(settings.epochs):
         stream = torch.Generator().manual_seed(hash((settings.seed, epoch)) % 2**63)
         order = torch.randperm(len(labels), generator=stream)
-        for rows in order.split(settings.batch_size)[
-            : len(labels) // settings.batch_size
-        ]:
-            batches.append((epoch, rows))
-    batches = batches[steps:]
-    tensors = read_batches(images, [rows for _, rows in batches])
-    for (epoch, rows), batch in zip(batches, tensors, strict=True):
+        batches += order.split(settings.batch_size)[:per_epoch]
+    for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
+        rows = batches[step]
         if settings.dataset == "coco":
-            key = (settings.seed, epoch)
+            key = (settings.seed, step // per_epoch)
             seeds = [hash((*key, row)) % 2**63 for row in rows.tolist()]
             batch = augment(batch, seeds)
             mirrored = torch.tensor(seeds) % 2 == 1
@@ -718,7 +704,7 @@ def training_checkpoint(path, settings, force):
 
 
 def train(settings, out, device, force=False):
-    """Train a network with these `Settings`; returns facts for the record, such as its path.
+    """Train a network with these `Settings`; returns its path and the number of its images.
 
     Writes into `out` what the top of this file says. A training that stopped there is continued, a
     finished one is not repeated. Raises Failure if `out` holds another one, if there are too few
@@ -753,16 +739,16 @@ def train(settings, out, device, force=False):
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
-    bf16 = common.has_bf16(device)
     history = checkpoint["history"]
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
     batches = training_batches(s, images, labels, done)
     bar = common.progress(batches, "training, in steps", total, initial=done)
     for step, (batch, targets) in enumerate(bar, done + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
-        rise = min(step / (total + 1) / 0.2, (1 - step / (total + 1)) / 0.8)
+        share = step / (total + 1)
+        rise = min(share / 0.2, (1 - share) / 0.8)
         adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))
         adam.zero_grad()
@@ -791,7 +777,7 @@ def train(settings, out, device, force=False):
     with common.whole_file(path) as file:
         torch.save(checkpoint, file)
     common.write_csv(out / "history.csv", history)
-    return {"weights": path, "dataset_size": len(labels), "bf16": bf16}
+    return path, len(labels)
 
 
 def scenes_classifier(data_dir, device):
@@ -852,7 +838,6 @@ def measure(logits, labels, threshold):
     right = (predicted & present).sum()
     return {
         "n": len(labels),
-        "classes_present": present.any(0).sum().item(),
         "mAP": average_precision(logits, labels).mean().item(),
         "OP": common.wilson(right, predicted.sum()),
         "OR": common.wilson(right, present.sum()),
@@ -863,18 +848,13 @@ def main(argv=None):
     """Do what the flags say; returns the record in results.json."""
     args = settings(argv)
     device = common.pick_device(args.device)
-    facts = {"dataset": args.dataset, "device": str(device)}
     scenes = args.dataset == "scenes"
+    facts = {"device": str(device)}
+    numbers = {}
     with common.hold(args.out):
-        if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
-            raise common.Failure(
-                f"--out {args.out} holds a training; choose another folder, or add --force",
-                2,
-            )
         if args.train:
-            fields = [vars(args).get(name) for name in Settings._fields]
-            facts.update(train(Settings(*fields), args.out, device, args.force))
-            path = facts["weights"]
+            plan = Settings(*[vars(args).get(name) for name in Settings._fields])
+            path, facts["dataset_size"] = train(plan, args.out, device, args.force)
         elif args.weights:
             path = args.weights
         elif scenes:
@@ -885,7 +865,6 @@ def main(argv=None):
         network.to(device)
         size = args.image_size or network.image_size
         facts.update(weights=str(path), arch=network.arch)
-        numbers = {}
         if args.image:
             part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
@@ -895,12 +874,11 @@ def main(argv=None):
                     numbers[names[i]] = probabilities[i]
         else:
             part = "test" if scenes else args.split or "val2017"
-            images, labels, _, description = load_data(
+            images, labels, _, facts["images"] = load_data(
                 args.dataset, args.data, size, part, names, args.limit, args.seed
             )
             logits = predict(network, images, device, args.batch_size)
             numbers = measure(logits, labels.numpy(), args.threshold)
-            facts = {"dataset_size": len(labels), "images": description, **facts}
         record = common.write_results(args, {part: numbers}, **facts)
     common.print_table([part, path], numbers.items())
     return record
