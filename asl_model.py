@@ -15,7 +15,6 @@ best mAP on images held out of training, <arch>-<dataset>.pth. OP is the share o
 that are right, OR that of present labels that are predicted.
 """
 
-import collections
 import concurrent.futures
 import copy
 import functools
@@ -63,13 +62,10 @@ GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
 HELD_OUT_EVERY = 20  # photos of train2017
 HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
-MOST_DIGITS = 5  # in a scene
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
 EPS = 1e-5  # of InPlace-ABN and batch norm
-ANEW = "train anew with --force"
-OTHER_FILE = "name another file with --weights"
 
 
 def settings(argv=None):
@@ -85,17 +81,13 @@ def settings(argv=None):
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
-    add(
-        "--arch",
-        choices=ARCHITECTURES,
-        help="default: the one of --weights; to --train tresnet_m, on scenes tresnet_s",
+    text = "default: the one of --weights; to --train tresnet_m, on scenes tresnet_s"
+    add("--arch", choices=ARCHITECTURES, help=text)
+    text = (
+        "checkpoint; default: the newest one in runs/asl_model, else the published one; "
     )
-    add(
-        "--weights",
-        metavar="FILE",
-        help=f"checkpoint; default: what --train left in {OUT}, else the published one; "
-        "with --train the start; default: ImageNet's weights for a resnet, else random ones",
-    )
+    text += "with --train the start; default: of a resnet ImageNet's, else random weights"
+    add("--weights", metavar="FILE", help=text)
     size = common.number(int, 32, 1024)
     add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
     text = "a label is present where its probability is larger; ASL's code has 0.8"
@@ -108,25 +100,17 @@ def settings(argv=None):
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
 
     args = p.parse_args(argv)
-    for path in (args.image, args.weights):
-        if path and not Path(path).is_file():
-            p.error(f"there is no file {path}")
+    if args.weights and not Path(args.weights).is_file():
+        p.error(f"--weights: there is no file {args.weights}")
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
             p.error(f"--resume continues {path}, which must exist; --force starts anew")
-        checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
-        row = ARCHITECTURES[arch]
-        p.set_defaults(
-            arch=arch,
-            image_size=row.image_size,
-            epochs=row.epochs,
-            batch_size=row.batch_size,
-            lr=row.lr,
-        )
+        p.set_defaults(arch=arch, **ARCHITECTURES[arch]._asdict())
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
@@ -169,17 +153,8 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, c_in, c_out, kernel, slope=1.0):
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="leaky_relu")
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out")
         super().__init__(conv, NormAct(c_out, slope))
-
-
-class BlurPool(nn.Module):
-    """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486)."""
-
-    def forward(self, x):
-        # Two means of 2x2: a depthwise convolution is slow on a CPU. Means that leave out what
-        # lies outside reflect the edge; torch's own reflection is not deterministic on CUDA.
-        return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2, padding=1, count_include_pad=False)
 
 
 class Block(nn.Module):
@@ -202,12 +177,16 @@ class Block(nn.Module):
         nn.init.zeros_(last[1].weight)  # at first a block hands on its input
         self.se = nn.Identity()
         if excite:
-            hidden = max(planes // (2 if bottleneck else 4), 64)
-            self.se = torchvision.ops.SqueezeExcitation(planes, hidden)
+            self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
+        # Blur with [1 2 1] x [1 2 1] / 16, then take every second pixel (Zhang 2019, arXiv
+        # 1904.11486), by two means of 2x2: a depthwise convolution is slow on a CPU. Means that
+        # leave out what lies outside reflect the edge; torch's own reflection is not
+        # deterministic on CUDA.
+        edge = nn.AvgPool2d(2, padding=1, count_include_pad=False)
         if stride == 2 and bottleneck:
-            self.conv2 = nn.Sequential(self.conv2, BlurPool())
+            self.conv2 = nn.Sequential(self.conv2, nn.AvgPool2d(2, 1), edge)
         elif stride == 2:
-            self.conv1 = nn.Sequential(self.conv1, BlurPool())
+            self.conv1 = nn.Sequential(self.conv1, nn.AvgPool2d(2, 1), edge)
 
     def forward(self, x):
         residual = self.conv2(self.conv1(x))
@@ -233,9 +212,9 @@ class TResNet(nn.Module):
                 layer.append(Block(c_in, c_out, stride, stage < 3, stage > 1))
                 c_in = c_out
             self.body.add_module(f"layer{stage + 1}", layer)
-        fc = nn.Linear(row.features, num_classes)
-        nn.init.normal_(fc.weight, 0, 0.01)
-        self.head = nn.Sequential(collections.OrderedDict(fc=fc))
+        self.head = nn.Sequential()
+        self.head.add_module("fc", nn.Linear(row.features, num_classes))
+        nn.init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
         # the stem: 4x4 pixels become one of 48 channels, those of a pixel side by side
@@ -262,7 +241,6 @@ def new_network(arch, num_classes):
     else:
         network = torchvision.models.get_model(arch, num_classes=num_classes)
         network.register_forward_pre_hook(normalise)
-    network.arch = arch
     network.image_size = row.image_size
     return network
 
@@ -334,49 +312,46 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
 
 
 class InplaceABN1012(nn.Module):
-    """What `inplace_abn_1_0_12` returns."""
+    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
-    def __init__(self, network, first):
+    The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
+    gradient behind the activation, where `dy`, the one before it, is meant: the activation's
+    derivative is skipped. Here it is skipped at the `first` of the places where InPlace-ABN could
+    have been (see `SkipDerivatives`); `places` is at how many, in the last forward pass. The logits
+    stay the same, which the first batch checks. Raises Failure if they don't, or if the network is
+    scripted or traced, or can't be copied.
+    """
+
+    def __init__(self, model, first=None):
         super().__init__()
-        self.network = network
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise common.Failure(
+                "a scripted or traced network hides its activations; pass its original", 2
+            )
+        try:
+            self.network = copy.deepcopy(model).eval()
+        except (TypeError, RuntimeError) as problem:
+            raise common.Failure(
+                f"the network cannot be copied ({problem}); use its right gradient", 2
+            ) from None
         self.first = first
         self.places = None  # it has not run yet
 
     def forward(self, images):
         if torch.is_inference_mode_enabled():  # there is no gradient to imitate
             return self.network(images)
-        expected = self.network(images.clone()) if self.places is None else None
         with SkipDerivatives(self.first) as mode:
-            logits = self.network(images)
-        if expected is not None and not torch.allclose(logits, expected, 1e-4, 1e-4):
+            logits = self.network(images.clone())
+        is_checked = self.places is not None
+        if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
             raise common.Failure(
-                "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
+                "inplace_abn v1.0.12 cannot be imitated: the network's logits change"
             )
         self.places = mode.places
         return logits
 
 
-def inplace_abn_1_0_12(model, first=None):
-    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
-
-    The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
-    gradient behind the activation, where `dy`, the one before it, is meant: the activation's
-    derivative is skipped. Here it is skipped at the `first` of the places where InPlace-ABN could
-    have been (see `SkipDerivatives`); the copy's `places` is at how many, in its last forward pass.
-    Its logits are the same, which the first batch checks: else Failure, as for a network that is
-    scripted or traced, or cannot be copied.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise common.Failure(
-            "a scripted or traced network hides its activations; pass its original", 2
-        )
-    try:
-        model = copy.deepcopy(model).eval()
-    except (TypeError, RuntimeError) as problem:
-        raise common.Failure(
-            f"the network cannot be copied ({problem}); use its right gradient", 2
-        ) from None
-    return InplaceABN1012(model, first)
+inplace_abn_1_0_12 = InplaceABN1012
 
 
 # --- weights
@@ -411,7 +386,9 @@ def state_dict_of(content, path="the checkpoint"):
     state = {}
     for name, x in content.items():
         if not isinstance(x, torch.Tensor) or not x.isfinite().all():
-            raise common.Failure(f"{path}: {name} is no finite tensor; {OTHER_FILE}")
+            raise common.Failure(
+                f"{path}: {name} is no finite tensor; use other --weights"
+            )
         state[name.removeprefix("module.")] = x
     return state
 
@@ -434,7 +411,7 @@ def class_names_of(content, n):
     """The names of a checkpoint's `n` outputs, in their order."""
     table = content.get("idx_to_class")
     if table:
-        table = {int(i): str(name) for i, name in table.items()}
+        table = {int(i): name for i, name in table.items()}
         return [table[i] for i in range(n)]
     if n != 80:
         return [str(i) for i in range(n)]
@@ -455,7 +432,7 @@ def load_asl(path, arch=None, folded=True):
     COCO's, others are numbered. The network's `image_size` is the file's, else its architecture's.
     Raises Failure for other files.
     """
-    content = common.load_checkpoint(path, OTHER_FILE)
+    content = common.load_checkpoint(path, "use other --weights")
     state = state_dict_of(content, path)
     is_tresnet = "head.fc.weight" in state
     try:
@@ -473,7 +450,7 @@ def load_asl(path, arch=None, folded=True):
         names = class_names_of(content, n)
     except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
         raise common.Failure(
-            f"{path} is no {arch or 'TResNet or ResNet'}; {OTHER_FILE}: {problem!r}"
+            f"{path} is no {arch or 'TResNet or ResNet'}; use other --weights: {problem!r}"
         ) from None
     network.image_size = content.get("image_size", network.image_size)
     return fold(network) if folded else network.eval(), names
@@ -522,11 +499,8 @@ def scene_digits(source, data_dir, split):
     """`common.load_digits` of train, validation (the last twelfth of the training set) or test."""
     name, images, labels = common.load_digits(source, data_dir, split != "test")
     cut = len(images) - len(images) // 12
-    if split == "train":
-        return name, images[:cut], labels[:cut]
-    if split == "validation":
-        return name, images[cut:], labels[cut:]
-    return name, images, labels
+    parts = {"train": slice(cut), "validation": slice(cut, None), "test": slice(None)}
+    return name, images[parts[split]], labels[parts[split]]
 
 
 def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
@@ -544,7 +518,7 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
     for image, label in zip(images, labels, strict=True):
         image[:] = rng.uniform(0, 0.4, (3, 1, 1))
         cells = rng.permutation(9)
-        for cell in cells[: rng.integers(1, MOST_DIGITS + 1)]:
+        for cell in cells[: rng.integers(1, 6)]:
             row = rng.integers(len(digits))
             size = int(image_size * rng.uniform(0.31, 0.47))
             digit = F.interpolate(digits[row, None], size, mode="bilinear")[0].numpy()
@@ -566,8 +540,9 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     the data set's, or if no photo has a label.
     """
     if dataset == "scenes":
-        n = limit or SCENES[split]
-        images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
+        images, labels = load_scenes(
+            limit or SCENES[split], image_size, seed, "auto", data_dir, split
+        )
         source = scene_digits("auto", data_dir, split)[0]
         description = f"scenes of {source}'s {split} digits"
         known = list("0123456789")
@@ -586,22 +561,23 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         labels = labels[rows]
         description = f"labelled photos of COCO {split}"
     names = names or known
-    if set(names) != set(known):
-        name = min(set(names) ^ set(known))[:99]
+    unknown = set(names) ^ set(known)
+    if unknown:
         raise common.Failure(
-            f"only one of the network and {dataset} has the label {name}; {OTHER_FILE}", 2
+            f"the network or {dataset} lacks the label {min(unknown)}; use other --weights",
+            2,
         )
     return images, labels[:, [known.index(name) for name in names]], names, description
 
 
 def read_batches(images, batches):
     """Yield the images (a tensor or `common.Photos`) at each list of row numbers in `batches`."""
-    ahead = collections.deque()  # threads decode the photos of three more batches
+    ahead = []  # threads decode the photos of three more batches
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for rows in batches:
             ahead.append(pool.map(images.__getitem__, map(int, rows)))
             if len(ahead) > 3:
-                yield torch.stack(list(ahead.popleft()))
+                yield torch.stack(list(ahead.pop(0)))
         for photos in ahead:
             yield torch.stack(list(photos))
 
@@ -655,8 +631,8 @@ def starting_network(settings, names):
         return new_network(settings.arch, len(names))
     if path is None:
         url = torchvision.models.get_model_weights(settings.arch).DEFAULT.url
-        file = url.rpartition("/")[2]  # it ends in the start of its hash: -f37072fd.pth
-        path = common.download(url, Path(settings.data, file), file[-12:-4])
+        path = Path(settings.data, url.rpartition("/")[2])
+        common.download(url, path, path.stem[-8:])  # the start of its hash
     network, known = load_asl(path, settings.arch, folded=False)
     if known != names:
         print(f"the labels are not those of {path}: the last layer starts anew")
@@ -687,7 +663,7 @@ def training_batches(settings, images, labels, steps):
 def training_checkpoint(path, settings, force):
     """The checkpoint of the same training, or a new one; raises Failure for another training's."""
     if path.exists() and not force:
-        checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         same = settings._asdict()
         del same["data"], same["threshold"]  # which the weights do not depend on
         common.require_same(path, checkpoint["settings"], same)
@@ -711,6 +687,8 @@ def train(settings, out, device, force=False):
     images, and if the training diverges.
     """
     s = settings
+    if s.dataset == "scenes":
+        s = s._replace(digits=scene_digits("auto", s.data, "train")[0])
     path = out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, s, force)
     done = checkpoint["steps"]
@@ -764,7 +742,7 @@ def train(settings, out, device, force=False):
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
         if is_judged or step % SAVE_EVERY == 0:
-            if not all(x.isfinite().all() for x in weights):
+            if not loss.isfinite():
                 raise common.Failure(f"the training diverged; lower --lr {s.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
@@ -864,7 +842,7 @@ def main(argv=None):
         network, names = load_asl(path, args.arch)
         network.to(device)
         size = args.image_size or network.image_size
-        facts.update(weights=str(path), arch=network.arch)
+        facts["weights"] = str(path)
         if args.image:
             part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
