@@ -65,6 +65,9 @@ SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
+SAME_FLAGS = (
+    "dataset arch image_size epochs batch_size lr limit seed weights"  # after --resume
+)
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
 
@@ -607,33 +610,16 @@ def augment(images, seeds):
 # --- training
 
 
-class Settings(NamedTuple):
-    """What a training depends on: its flags; the defaults are those of the scenes' classifier."""
-
-    dataset: str = "scenes"
-    arch: str = "tresnet_s"
-    image_size: int = 64
-    epochs: int = 13
-    batch_size: int = 64
-    lr: float = 5e-3
-    limit: int | None = None
-    seed: int = 0
-    weights: str | None = None
-    digits: str | None = None  # in the scenes: mnist or glyphs
-    data: str = "data"
-    threshold: float = 0.5  # of the report
-
-
-def starting_network(settings, names):
+def starting_network(args, names):
     """The network, for the classes `names`, that a training starts from."""
-    path = settings.weights
-    if path is None and ARCHITECTURES[settings.arch].blocks:
-        return new_network(settings.arch, len(names))
+    path = args.weights
+    if path is None and ARCHITECTURES[args.arch].blocks:
+        return new_network(args.arch, len(names))
     if path is None:
-        url = torchvision.models.get_model_weights(settings.arch).DEFAULT.url
-        path = Path(settings.data, url.rpartition("/")[2])
+        url = torchvision.models.get_model_weights(args.arch).DEFAULT.url
+        path = Path(args.data, url.rpartition("/")[2])
         common.download(url, path, path.stem[-8:])  # the start of its hash
-    network, known = load_asl(path, settings.arch, folded=False)
+    network, known = load_asl(path, args.arch, folded=False)
     if known != names:
         print(f"the labels are not those of {path}: the last layer starts anew")
         head = getattr(network, "head", network)
@@ -641,18 +627,18 @@ def starting_network(settings, names):
     return network
 
 
-def training_batches(settings, images, labels, steps):
+def training_batches(args, images, labels, steps):
     """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
-    per_epoch = len(labels) // settings.batch_size
+    per_epoch = len(labels) // args.batch_size
     batches = []
-    for epoch in range(settings.epochs):
-        stream = torch.Generator().manual_seed(hash((settings.seed, epoch)) % 2**63)
+    for epoch in range(args.epochs):
+        stream = torch.Generator().manual_seed(hash((args.seed, epoch)) % 2**63)
         order = torch.randperm(len(labels), generator=stream)
-        batches += order.split(settings.batch_size)[:per_epoch]
+        batches += order.split(args.batch_size)[:per_epoch]
     for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
         rows = batches[step]
-        if settings.dataset == "coco":
-            key = (settings.seed, step // per_epoch)
+        if args.dataset == "coco":
+            key = (args.seed, step // per_epoch)
             seeds = [hash((*key, row)) % 2**63 for row in rows.tolist()]
             batch = augment(batch, seeds)
             mirrored = torch.tensor(seeds) % 2 == 1
@@ -660,53 +646,47 @@ def training_batches(settings, images, labels, steps):
         yield batch, labels[rows]
 
 
-def training_checkpoint(path, settings, force):
-    """The checkpoint of the same training, or a new one; raises Failure for another training's."""
-    if path.exists() and not force:
+def training_checkpoint(path, args):
+    """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
+    flags = {name: getattr(args, name) for name in SAME_FLAGS.split()}
+    if args.dataset == "scenes":
+        flags["digits"] = scene_digits("auto", args.data, "train")[0]
+    if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
-        same = settings._asdict()
-        del same["data"], same["threshold"]  # which the weights do not depend on
-        common.require_same(path, checkpoint["settings"], same)
+        common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
     # with its "model", the best network, it is also what load_asl takes
     return {
         "kind": "asl_model",
-        "settings": settings._asdict(),
-        "image_size": settings.image_size,
+        "settings": {**flags, "data": args.data, "threshold": args.threshold},
+        "image_size": args.image_size,
         "norm": "batch norm",
         "steps": 0,
         "history": [],
     }
 
 
-def train(settings, out, device, force=False):
-    """Train a network with these `Settings`; returns its path and the number of its images.
+def train(args, device):
+    """Train a network as the flags say; returns its path and the number of its images.
 
-    Writes into `out` what the top of this file says. A training that stopped there is continued, a
-    finished one is not repeated. Raises Failure if `out` holds another one, if there are too few
-    images, and if the training diverges.
+    A training that stopped in --out is continued, a finished one is not repeated. Raises Failure if
+    --out holds another one, if there are too few images, and if the training diverges.
     """
-    s = settings
-    if s.dataset == "scenes":
-        s = s._replace(digits=scene_digits("auto", s.data, "train")[0])
-    path = out / "checkpoint.pt"
-    checkpoint = training_checkpoint(path, s, force)
+    path = args.out / "checkpoint.pt"
+    checkpoint = training_checkpoint(path, args)
     done = checkpoint["steps"]
-    images, labels, names, _ = load_data(
-        s.dataset, s.data, s.image_size, "train", None, s.limit, s.seed
-    )
-    held_out, held_out_labels = load_data(
-        s.dataset, s.data, s.image_size, HELD_OUT[s.dataset], names, s.limit, s.seed
-    )[:2]
-    total = s.epochs * (len(labels) // s.batch_size)
+    source = {"limit": args.limit, "seed": args.seed}
+    place = (args.dataset, args.data, args.image_size)
+    images, labels, names, _ = load_data(*place, "train", **source)
+    held_out, truth = load_data(*place, HELD_OUT[args.dataset], **source)[:2]
+    total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
-        raise common.Failure(
-            f"--batch-size {s.batch_size}: there are {len(labels)} training images", 2
-        )
-    torch.manual_seed(s.seed)
-    network = new_network(s.arch, len(names))
+        text = f"--batch-size {args.batch_size}: there are {len(labels)} training images"
+        raise common.Failure(text, 2)
+    torch.manual_seed(args.seed)
+    network = new_network(args.arch, len(names))
     if done == 0:
-        network = starting_network(s, names)
+        network = starting_network(args, names)
     network.train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), fused=True)
@@ -716,16 +696,16 @@ def train(settings, out, device, force=False):
             part.load_state_dict(checkpoint[name])
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
-    asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
+    asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
     history = checkpoint["history"]
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
-    batches = training_batches(s, images, labels, done)
+    batches = training_batches(args, images, labels, done)
     bar = common.progress(batches, "training, in steps", total, initial=done)
     for step, (batch, targets) in enumerate(bar, done + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
         share = step / (total + 1)
         rise = min(share / 0.2, (1 - share) / 0.8)
-        adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
+        adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
         with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))
@@ -735,27 +715,30 @@ def train(settings, out, device, force=False):
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
         is_judged = step * EVALUATIONS % total < EVALUATIONS
         if is_judged:
-            logits = predict(average, held_out, device, s.batch_size)
-            mean_ap = average_precision(logits, held_out_labels.numpy()).mean().item()
-            row = {"step": step, "loss": loss.item() / s.batch_size, "mAP": mean_ap}
+            logits = predict(average, held_out, device, args.batch_size)
+            mean_ap = average_precision(logits, truth.numpy()).mean().item()
+            row = {"step": step, "loss": loss.item() / args.batch_size, "mAP": mean_ap}
             history.append(row)
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
         if is_judged or step % SAVE_EVERY == 0:
             if not loss.isfinite():
-                raise common.Failure(f"the training diverged; lower --lr {s.lr}")
+                raise common.Failure(f"the training diverged; lower --lr {args.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
-            with common.whole_file(path) as file:
-                torch.save(checkpoint, file)
+            save(path, checkpoint)
     for name in parts:
         del checkpoint[name]
-    path = out / f"{s.arch}-{s.dataset}.pth"
+    path = args.out / f"{args.arch}-{args.dataset}.pth"
+    save(path, checkpoint)
+    common.write_csv(args.out / "history.csv", history)
+    return path, len(labels)
+
+
+def save(path, checkpoint):
     with common.whole_file(path) as file:
         torch.save(checkpoint, file)
-    common.write_csv(out / "history.csv", history)
-    return path, len(labels)
 
 
 def scenes_classifier(data_dir, device):
@@ -767,8 +750,9 @@ def scenes_classifier(data_dir, device):
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
+        flags = ["--train", "--dataset=scenes", f"--data={data_dir}", f"--out={out}"]
         with common.hold(out):
-            train(Settings(data=str(data_dir)), out, device)
+            train(settings(flags), device)
     network, names = load_asl(path)
     return network.to(device), names, path
 
@@ -831,8 +815,7 @@ def main(argv=None):
     numbers = {}
     with common.hold(args.out):
         if args.train:
-            plan = Settings(*[vars(args).get(name) for name in Settings._fields])
-            path, facts["dataset_size"] = train(plan, args.out, device, args.force)
+            path, facts["dataset_size"] = train(args, device)
         elif args.weights:
             path = args.weights
         elif scenes:
