@@ -2,17 +2,16 @@
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
 et al. 2020, arXiv 2009.14119). ASL's repository pinned a version of the package inplace_abn that
-gives attackers a wrong gradient: see `inplace_abn_1_0_12`.
+gives attackers a wrong gradient: see `InplaceABN1012`.
 
     python asl_model.py --image photo.jpg           print the labels of a photo
-    python asl_model.py --evaluate --dataset coco   measure mAP, precision and recall
+    python asl_model.py --evaluate --dataset coco   measure mAP, precision (OP) and recall (OR)
     python asl_model.py --train --arch resnet18     train on COCO; half an hour per epoch on a CPU
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue a training that was stopped
 
 Writes results.json into --out; --train also checkpoint.pt, history.csv and the network with the
-best mAP on images held out of training, <arch>-<dataset>.pth. OP is the share of predicted labels
-that are right, OR that of present labels that are predicted.
+best mAP on images held out of training, <arch>-<dataset>.pth.
 """
 
 import concurrent.futures
@@ -65,46 +64,40 @@ SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
-SAME_FLAGS = (
-    "dataset arch image_size epochs batch_size lr limit seed weights"  # after --resume
+WHICH = (
+    "dataset arch image_size epochs batch_size lr limit seed weights"  # make a training
 )
+COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
 
 def settings(argv=None):
     """The flags, with all defaults resolved; --resume takes them from the checkpoint in --out."""
-    limit_help = "use only the first N photos, or N scenes, of each split"
-    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit_help)
-    p.epilog = """defaults that depend on the network:
+    limit = "use only the first N photos, or N scenes, of each split"
+    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit)
+    p.epilog = """defaults that depend on the network and the data:
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
-  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4"""
+  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4
+  --train             --arch tresnet_m, on scenes tresnet_s; --weights of a resnet ImageNet's
+  else                --weights the newest in runs/asl_model, else the published ones"""
     add = p.add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
-    text = "default: the one of --weights; to --train tresnet_m, on scenes tresnet_s"
-    add("--arch", choices=ARCHITECTURES, help=text)
-    text = (
-        "checkpoint; default: the newest one in runs/asl_model, else the published one; "
-    )
-    text += "with --train the start; default: of a resnet ImageNet's, else random weights"
-    add("--weights", metavar="FILE", help=text)
+    add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
+    add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
     size = common.number(int, 32, 1024)
     add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
     text = "a label is present where its probability is larger; ASL's code has 0.8"
     add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
-    text = "part of coco that judges the network; default: val2017"
-    add("--split", choices=("val2017", "train2017"), help=text)
+    add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
-    text = "images in a step, or measured at once"
-    add("--batch-size", type=common.number(int, 2), default=32, help=text)
+    add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
 
     args = p.parse_args(argv)
-    if args.weights and not Path(args.weights).is_file():
-        p.error(f"--weights: there is no file {args.weights}")
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
@@ -123,10 +116,8 @@ def settings(argv=None):
         p.error("--image-size must be a multiple of 4")
     if args.arch and not (args.train or args.weights):
         p.error("--arch goes with --train or --weights")
-    if args.out == OUT and not args.train:
-        args.out = Path("runs/asl_model_evaluation")  # a training's record stays
-    if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
-        p.error(f"--out {args.out} holds a training; choose another, or add --force")
+    if not args.train and (args.out / "checkpoint.pt").exists():
+        args.out = args.out / "evaluation"  # the record of the training stays
     return args
 
 
@@ -181,10 +172,8 @@ class Block(nn.Module):
         self.se = nn.Identity()
         if excite:
             self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
-        # Blur with [1 2 1] x [1 2 1] / 16, then take every second pixel (Zhang 2019, arXiv
-        # 1904.11486), by two means of 2x2: a depthwise convolution is slow on a CPU. Means that
-        # leave out what lies outside reflect the edge; torch's own reflection is not
-        # deterministic on CUDA.
+        # Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486).
+        # Means that leave out what lies outside reflect the edge, deterministically on CUDA.
         edge = nn.AvgPool2d(2, padding=1, count_include_pad=False)
         if stride == 2 and bottleneck:
             self.conv2 = nn.Sequential(self.conv2, nn.AvgPool2d(2, 1), edge)
@@ -250,17 +239,14 @@ def new_network(arch, num_classes):
 
 @torch.no_grad()
 def fold(network):
-    """A frozen copy in eval mode; a `TResNet`'s norms are folded into its convolutions.
-
-    The logits are equal, up to rounding. A ResNet's norms stay as they are.
-    """
+    """A frozen copy in eval mode, a TResNet's norms folded into its convolutions: equal logits."""
     network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
             scale = norm.weight.double() / (norm.running_var.double() + EPS).sqrt()
-            bias = norm.bias - norm.running_mean * scale
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
+            bias = norm.bias - norm.running_mean * scale
             conv.bias = nn.Parameter(bias.to(norm.bias))
             module[1] = nn.Identity()
             if norm.slope != 1:
@@ -290,8 +276,7 @@ class SkippedDerivative(torch.autograd.Function):
 class SkipDerivatives(torch.overrides.TorchFunctionMode):
     """Within, the `first` activations (None: all) skip their derivative in the backward pass.
 
-    Counted are those that InPlace-ABN could have replaced: every leaky ReLU and ELU, and a ReLU
-    that takes the very output of a batch norm.
+    Counted is what InPlace-ABN could have replaced: leaky ReLU, ELU, and ReLU of a batch norm.
     """
 
     def __init__(self, first):
@@ -317,26 +302,21 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
 class InplaceABN1012(nn.Module):
     """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
-    The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
-    gradient behind the activation, where `dy`, the one before it, is meant: the activation's
-    derivative is skipped. Here it is skipped at the `first` of the places where InPlace-ABN could
-    have been (see `SkipDerivatives`); `places` is at how many, in the last forward pass. The logits
-    stay the same, which the first batch checks. Raises Failure if they don't, or if the network is
-    scripted or traced, or can't be copied.
+    The ASL repository pinned that version. In eval mode its backward pass hands on `dy_act`, the
+    gradient behind the activation, instead of `dy`, the one before it. Here the derivative is
+    skipped at the `first` places (None: all) where InPlace-ABN could have been, `places` in the
+    last forward pass. Raises Failure if that changes the logits of the first batch, and if the
+    network is scripted or traced or can't be copied.
     """
 
     def __init__(self, model, first=None):
         super().__init__()
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise common.Failure(
-                "a scripted or traced network hides its activations; pass its original", 2
-            )
+            raise common.Failure("pass the original of the scripted or traced network", 2)
         try:
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
-            raise common.Failure(
-                f"the network cannot be copied ({problem}); use its right gradient", 2
-            ) from None
+            raise common.Failure(f"the network cannot be copied: {problem}", 2) from None
         self.first = first
         self.places = None  # it has not run yet
 
@@ -347,9 +327,7 @@ class InplaceABN1012(nn.Module):
             logits = self.network(images.clone())
         is_checked = self.places is not None
         if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
-            raise common.Failure(
-                "inplace_abn v1.0.12 cannot be imitated: the network's logits change"
-            )
+            raise common.Failure("this network's logits change: it cannot be imitated")
         self.places = mode.places
         return logits
 
@@ -357,14 +335,8 @@ class InplaceABN1012(nn.Module):
 inplace_abn_1_0_12 = InplaceABN1012
 
 
-# --- weights
-
-
 def coco_weights(data_dir):
-    """The path of the newest classifier of COCO that --train left in OUT, else the published one.
-
-    Raises Failure, which says how to train one, if that can't be downloaded.
-    """
+    """The path of the newest classifier of COCO in OUT, else of the published one, or Failure."""
     own = sorted(OUT.glob("*-coco.pth"), key=os.path.getmtime)
     if own:
         return own[-1]
@@ -372,17 +344,13 @@ def coco_weights(data_dir):
         return common.download(ZOO + PUBLISHED, Path(data_dir, PUBLISHED))
     except common.Failure as problem:
         raise common.Failure(
-            "no classifier of COCO is here; train one, half an hour per epoch on two CPU "
-            "cores: python asl_model.py --train --dataset coco --arch resnet18 "
-            f"(of the published one: {problem})"
+            "no classifier of COCO is here; train one, half an hour per epoch on two CPU cores: "
+            f"python asl_model.py --train --dataset coco --arch resnet18 ({problem})"
         ) from None
 
 
 def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint: bare, "model" or "state_dict", and without "module.".
-
-    Raises Failure, which names `path`, if it is none, or if a weight is NaN or infinite.
-    """
+    """The state dict in a checkpoint, wrapped or not; raises Failure if a weight isn't finite."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -399,8 +367,7 @@ def state_dict_of(content, path="the checkpoint"):
 def inplace_abn_gammas(state):
     """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
 
-    InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
-    its scale must not be zero.
+    InPlace-ABN inverts its layer (Rota Bulo et al. 2018, arXiv 1712.02616): no scale may be 0.
     """
     converted = dict(state)
     for name in state:
@@ -410,30 +377,13 @@ def inplace_abn_gammas(state):
     return converted
 
 
-def class_names_of(content, n):
-    """The names of a checkpoint's `n` outputs, in their order."""
-    table = content.get("idx_to_class")
-    if table:
-        table = {int(i): name for i, name in table.items()}
-        return [table[i] for i in range(n)]
-    if n != 80:
-        return [str(i) for i in range(n)]
-    print(
-        "the weights have no class names; their 80 outputs are taken for COCO's, in order"
-    )
-    detection = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
-    known = detection.meta["categories"]
-    return [name for name in known if name not in ("__background__", "N/A")]
-
-
 def load_asl(path, arch=None, folded=True):
     """(Network in eval mode, class names in the order of its outputs) of a checkpoint.
 
     Takes ASL's published files {"model", "num_classes", "idx_to_class"}, those of ASL's training
     {"state_dict", ...} and of --train, torchvision's ResNets, and bare state dicts. `arch` None:
     the one that fits. `folded` True: frozen, a TResNet's norms folded. 80 outputs without names are
-    COCO's, others are numbered. The network's `image_size` is the file's, else its architecture's.
-    Raises Failure for other files.
+    COCO's, others are numbered. Raises Failure for other files.
     """
     content = common.load_checkpoint(path, "use other --weights")
     state = state_dict_of(content, path)
@@ -450,7 +400,16 @@ def load_asl(path, arch=None, folded=True):
             if content.get("norm") != "batch norm":
                 state = inplace_abn_gammas(state)
         network.load_state_dict(state)
-        names = class_names_of(content, n)
+        names = [str(i) for i in range(n)]
+        if content.get("idx_to_class"):
+            table = {int(i): name for i, name in content["idx_to_class"].items()}
+            names = [table[i] for i in range(n)]
+        elif n == 80:
+            print(
+                f"{path} has no class names; its 80 outputs are taken for COCO's, in order"
+            )
+            categories = COCO.meta["categories"]
+            names = [x for x in categories if x not in ("__background__", "N/A")]
     except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
         raise common.Failure(
             f"{path} is no {arch or 'TResNet or ResNet'}; use other --weights: {problem!r}"
@@ -459,33 +418,27 @@ def load_asl(path, arch=None, folded=True):
     return fold(network) if folded else network.eval(), names
 
 
-# --- the loss
-
-
-class AsymmetricLoss(nn.Module):
+class AsymmetricLoss(NamedTuple):
     """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar.
 
-    It is the sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over
-    negatives, with p = sigmoid(logit) and q = max(p - clip, 0); summed, as in the ASL repository,
-    and computed in logarithms, so that no logit is too large.
+    The sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over negatives,
+    with p = sigmoid(logit) and q = max(p - clip, 0); in logarithms, so that no logit is too large.
     """
 
-    def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
-        super().__init__()
-        self.gamma_neg = gamma_neg
-        self.gamma_pos = gamma_pos
-        self.clip = clip
+    gamma_neg: float = 4
+    gamma_pos: float = 1
+    clip: float = 0.05
 
-    def forward(self, logits, targets):
+    def __call__(self, logits, targets):
         if logits.dtype != torch.float64:
             logits = logits.float()
         targets = targets.to(logits)
         log_p = F.logsigmoid(logits)
         log_1_p = F.logsigmoid(-logits)
-        # log(1 - q) = log(min(1 - p + clip, 1))
-        log_1_q = torch.logaddexp(log_1_p, log_1_p.new_tensor(self.clip).log()).clamp(
+        log_clip = log_p.new_tensor(self.clip).log()
+        log_1_q = torch.logaddexp(log_1_p, log_clip).clamp(
             max=0
-        )
+        )  # of min(1 - p + clip, 1)
         # 1 - p and q, above zero, where a power below 1 has no gradient
         not_p = -torch.expm1(log_p).clamp(max=-1e-30)
         q = -torch.expm1(log_1_q).clamp(max=-1e-30)
@@ -509,10 +462,9 @@ def scene_digits(source, data_dir, split):
 def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
     """`n` scenes of one to five digits of `source` (mnist, glyphs or auto) and `split`.
 
-    Each has its own colour, size and cell of a 3x3 grid, moved a little: they seldom hide one
-    another. `split` is train, validation or test. Returns images (n, 3, image_size, image_size)
-    float32 in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`,
-    whatever `n`. Raises Failure if the digits can't be read.
+    Each digit has its own colour, size and cell of a 3x3 grid. Returns images (n, 3, S, S) float32
+    in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`, whatever
+    `n`. `split` is train, validation or test. Raises Failure if the digits can't be read.
     """
     digits, classes = scene_digits(source, data_dir, split)[1:]
     rng = np.random.default_rng([seed, len(split)])
@@ -537,15 +489,13 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos` with a label, as in ASL, among the first `limit`; `split` val2017 or
+    coco: `common.Photos`, those of the first `limit` with a label, as in ASL; `split` val2017,
     train2017, or of the latter held-out, every 20th, or train, the others.
-    Labels are (N, L) float32 0/1, in the order of `names` if given. Raises Failure if these are not
-    the data set's, or if no photo has a label.
+    Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
-        images, labels = load_scenes(
-            limit or SCENES[split], image_size, seed, "auto", data_dir, split
-        )
+        n = limit or SCENES[split]
+        images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
         source = scene_digits("auto", data_dir, split)[0]
         description = f"scenes of {source}'s {split} digits"
         known = list("0123456789")
@@ -567,8 +517,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     unknown = set(names) ^ set(known)
     if unknown:
         raise common.Failure(
-            f"the network or {dataset} lacks the label {min(unknown)}; use other --weights",
-            2,
+            f"{dataset} or the network lacks the label {min(unknown)}", 2
         )
     return images, labels[:, [known.index(name) for name in names]], names, description
 
@@ -589,9 +538,8 @@ def augment(images, seeds):
     """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as the log trained.
 
     Images (N, 3, S, S) float32 in [0, 1] and a seed for each -> the same shape and range. Not for
-    threads: it borrows torch's global random stream.
+    threads: it borrows torch's random stream.
     """
-    rand_augment = RandAugment()
     size = images.shape[-1]
     side = size // 2  # of the square that is cut out
     augmented = []
@@ -603,11 +551,11 @@ def augment(images, seeds):
             image = to_pil_image(pixels)
             square = (left, top, left + side - 1, top + side - 1)
             ImageDraw.Draw(image).rectangle(square, colour)
-            augmented.append(to_tensor(rand_augment(image)))
+            augmented.append(to_tensor(RandAugment()(image)))
     return torch.stack(augmented).contiguous(memory_format=torch.channels_last)
 
 
-# --- training
+# --- training and report
 
 
 def starting_network(args, names):
@@ -638,8 +586,8 @@ def training_batches(args, images, labels, steps):
     for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
         rows = batches[step]
         if args.dataset == "coco":
-            key = (args.seed, step // per_epoch)
-            seeds = [hash((*key, row)) % 2**63 for row in rows.tolist()]
+            epoch = step // per_epoch
+            seeds = [hash((args.seed, epoch, row)) % 2**63 for row in rows.tolist()]
             batch = augment(batch, seeds)
             mirrored = torch.tensor(seeds) % 2 == 1
             batch[mirrored] = batch[mirrored].flip(3)
@@ -648,29 +596,22 @@ def training_batches(args, images, labels, steps):
 
 def training_checkpoint(path, args):
     """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
-    flags = {name: getattr(args, name) for name in SAME_FLAGS.split()}
+    flags = {name: getattr(args, name) for name in WHICH.split()}
     if args.dataset == "scenes":
         flags["digits"] = scene_digits("auto", args.data, "train")[0]
     if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
-    # with its "model", the best network, it is also what load_asl takes
-    return {
-        "kind": "asl_model",
-        "settings": {**flags, "data": args.data, "threshold": args.threshold},
-        "image_size": args.image_size,
-        "norm": "batch norm",
-        "steps": 0,
-        "history": [],
-    }
+    settings = {**flags, "data": args.data, "threshold": args.threshold}
+    return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 
 def train(args, device):
     """Train a network as the flags say; returns its path and the number of its images.
 
-    A training that stopped in --out is continued, a finished one is not repeated. Raises Failure if
-    --out holds another one, if there are too few images, and if the training diverges.
+    A stopped training is continued, a finished one is not repeated. Raises Failure if --out holds
+    another, if there are too few images, and if it diverges.
     """
     path = args.out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, args)
@@ -681,8 +622,7 @@ def train(args, device):
     held_out, truth = load_data(*place, HELD_OUT[args.dataset], **source)[:2]
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
-        text = f"--batch-size {args.batch_size}: there are {len(labels)} training images"
-        raise common.Failure(text, 2)
+        raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
     torch.manual_seed(args.seed)
     network = new_network(args.arch, len(names))
     if done == 0:
@@ -698,6 +638,8 @@ def train(args, device):
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
     history = checkpoint["history"]
+    # with its "model", the best network, a checkpoint is also what load_asl takes
+    checkpoint.update(norm="batch norm", image_size=args.image_size)
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
     batches = training_batches(args, images, labels, done)
     bar = common.progress(batches, "training, in steps", total, initial=done)
@@ -727,25 +669,19 @@ def train(args, device):
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
-            save(path, checkpoint)
+            with common.whole_file(path) as file:
+                torch.save(checkpoint, file)
     for name in parts:
         del checkpoint[name]
     path = args.out / f"{args.arch}-{args.dataset}.pth"
-    save(path, checkpoint)
+    with common.whole_file(path) as file:
+        torch.save(checkpoint, file)
     common.write_csv(args.out / "history.csv", history)
     return path, len(labels)
 
 
-def save(path, checkpoint):
-    with common.whole_file(path) as file:
-        torch.save(checkpoint, file)
-
-
 def scenes_classifier(data_dir, device):
-    """(Network, class names, path) of the classifier of scenes, trained where there is none.
-
-    It lies in runs/scenes_classifier/mnist or glyphs.
-    """
+    """(Network, class names, path) of the classifier of scenes, trained where there is none."""
     out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
@@ -755,9 +691,6 @@ def scenes_classifier(data_dir, device):
             train(settings(flags), device)
     network, names = load_asl(path)
     return network.to(device), names, path
-
-
-# --- report
 
 
 @torch.inference_mode()
@@ -780,7 +713,7 @@ def average_precision(logits, labels):
     """The AP of each class that an image shows (ASL's code counts the others as 0).
 
     Arrays (N, L), of any score -> (classes shown,). AP is the mean, over the images that show the
-    class, of the precision at their score; equal scores share one threshold.
+    class, of the precision at their score, where equal scores share one threshold.
     """
     precisions = []
     for scores, present in zip(logits.T, labels.T > 0, strict=True):
