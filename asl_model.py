@@ -35,9 +35,7 @@ import common
 
 
 class Architecture(NamedTuple):
-    """A network, and the defaults of its training."""
-
-    image_size: int  # pixels
+    image_size: int  # pixels, by default, as what follows
     epochs: int
     batch_size: int
     lr: float
@@ -187,13 +185,15 @@ class Block(nn.Module):
 
 
 class TResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1], H and W multiples of 4 -> logits (N, num_classes)."""
+    """Images (N, 3, H, W) in [0, 1], H and W multiples of 4 -> logits (N, num_classes).
+
+    Its state dict has the names and shapes of the ASL repository's files.
+    """
 
     def __init__(self, arch, num_classes=80):
         super().__init__()
         row = ARCHITECTURES[arch]
-        width = row.features // 32  # channels of the first stage
-        c_in = width
+        c_in = width = row.features // 32  # channels of the first stage
         self.body = nn.Sequential()
         self.body.add_module("conv1", ConvNorm(48, c_in, 3, 1e-2))
         for stage, wider in enumerate((1, 2, 16, 32)):
@@ -216,9 +216,6 @@ class TResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's files
-
-
 def normalise(_, inputs):
     """Scale images by ImageNet's mean and deviation, as torchvision's weights expect."""
     images = normalize(inputs[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -229,7 +226,7 @@ def new_network(arch, num_classes):
     """A network of random weights: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes)."""
     row = ARCHITECTURES[arch]
     if row.blocks:
-        network = tresnet(arch, num_classes)
+        network = TResNet(arch, num_classes)
     else:
         network = torchvision.models.get_model(arch, num_classes=num_classes)
         network.register_forward_pre_hook(normalise)
@@ -321,8 +318,6 @@ class InplaceABN1012(nn.Module):
         self.places = None  # it has not run yet
 
     def forward(self, images):
-        if torch.is_inference_mode_enabled():  # there is no gradient to imitate
-            return self.network(images)
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images.clone())
         is_checked = self.places is not None
@@ -332,6 +327,7 @@ class InplaceABN1012(nn.Module):
         return logits
 
 
+tresnet = TResNet
 inplace_abn_1_0_12 = InplaceABN1012
 
 
@@ -382,8 +378,7 @@ def load_asl(path, arch=None, folded=True):
 
     Takes ASL's published files {"model", "num_classes", "idx_to_class"}, those of ASL's training
     {"state_dict", ...} and of --train, torchvision's ResNets, and bare state dicts. `arch` None:
-    the one that fits. `folded` True: frozen, a TResNet's norms folded. 80 outputs without names are
-    COCO's, others are numbered. Raises Failure for other files.
+    the one that fits. `folded` True: frozen, a TResNet's norms folded. Raises Failure for others.
     """
     content = common.load_checkpoint(path, "use other --weights")
     state = state_dict_of(content, path)
@@ -496,8 +491,9 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     if dataset == "scenes":
         n = limit or SCENES[split]
         images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
-        source = scene_digits("auto", data_dir, split)[0]
-        description = f"scenes of {source}'s {split} digits"
+        description = (
+            f"scenes of {scene_digits('auto', data_dir, split)[0]}'s {split} digits"
+        )
         known = list("0123456789")
     else:
         part = "val2017" if split == "val2017" else "train2017"
@@ -693,7 +689,7 @@ def scenes_classifier(data_dir, device):
     return network.to(device), names, path
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(network, images, device, batch_size=32):
     """The logits (N, L), a float32 array, of images (a tensor or `common.Photos`)."""
     logits = []
@@ -718,8 +714,7 @@ def average_precision(logits, labels):
     precisions = []
     for scores, present in zip(logits.T, labels.T > 0, strict=True):
         if present.any():
-            thresholds = np.sort(scores[present])
-            # how many scores reach a threshold: all but those that lie below
+            thresholds = np.sort(scores[present])  # all scores but those below reach one
             predicted = len(scores) - np.searchsorted(np.sort(scores), thresholds)
             right = len(thresholds) - np.searchsorted(thresholds, thresholds)
             precisions.append((right / predicted).mean())
@@ -758,7 +753,6 @@ def main(argv=None):
         network, names = load_asl(path, args.arch)
         network.to(device)
         size = args.image_size or network.image_size
-        facts["weights"] = str(path)
         if args.image:
             part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
@@ -773,7 +767,7 @@ def main(argv=None):
             )
             logits = predict(network, images, device, args.batch_size)
             numbers = measure(logits, labels.numpy(), args.threshold)
-        record = common.write_results(args, {part: numbers}, **facts)
+        record = common.write_results(args, {part: numbers}, weights=str(path), **facts)
     common.print_table([part, path], numbers.items())
     return record
 
