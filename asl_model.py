@@ -52,7 +52,6 @@ ARCHITECTURES = {
     "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
-PUBLISHED = "MS_COCO_TRresNet_M_224_81.8.pth"
 OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
 GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
@@ -78,7 +77,7 @@ def settings(argv=None):
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
   resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4
   --train             --arch tresnet_m, on scenes tresnet_s; --weights of a resnet ImageNet's
-  else                --weights the newest in runs/asl_model, else the published ones"""
+  else                --weights the newest in runs/asl_model, else the published ones; their size"""
     add = p.add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
@@ -86,15 +85,13 @@ def settings(argv=None):
     add("--resume", action="store_true", help="continue the training in --out")
     add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
     add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
-    size = common.number(int, 32, 1024)
-    add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
+    add("--image-size", type=common.number(int, 32, 1024), metavar="N", help="pixels")
     text = "a label is present where its probability is larger; ASL's code has 0.8"
     add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
     add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
-
     args = p.parse_args(argv)
     if args.resume:
         path = args.out / "checkpoint.pt"
@@ -170,8 +167,8 @@ class Block(nn.Module):
         self.se = nn.Identity()
         if excite:
             self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
-        # Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486).
-        # Means that leave out what lies outside reflect the edge, deterministically on CUDA.
+        # blur by [1 2 1] x [1 2 1] / 16, the edge reflected (Zhang 2019, arXiv 1904.11486); torch's
+        # own reflection is not deterministic on CUDA
         edge = nn.AvgPool2d(2, padding=1, count_include_pad=False)
         if stride == 2 and bottleneck:
             self.conv2 = nn.Sequential(self.conv2, nn.AvgPool2d(2, 1), edge)
@@ -185,10 +182,7 @@ class Block(nn.Module):
 
 
 class TResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1], H and W multiples of 4 -> logits (N, num_classes).
-
-    Its state dict has the names and shapes of the ASL repository's files.
-    """
+    """Images (N, 3, H, W) in [0, 1], H and W multiples of 4 -> logits (N, num_classes)."""
 
     def __init__(self, arch, num_classes=80):
         super().__init__()
@@ -299,11 +293,10 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
 class InplaceABN1012(nn.Module):
     """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
-    The ASL repository pinned that version. In eval mode its backward pass hands on `dy_act`, the
-    gradient behind the activation, instead of `dy`, the one before it. Here the derivative is
-    skipped at the `first` places (None: all) where InPlace-ABN could have been, `places` in the
-    last forward pass. Raises Failure if that changes the logits of the first batch, and if the
-    network is scripted or traced or can't be copied.
+    The ASL repository pinned it. In eval mode its backward pass hands on `dy_act`, the gradient
+    behind the activation, not `dy`, the one before it. Here the first places (`first`; None: all)
+    where InPlace-ABN could have been do so; `places` counts them in the last forward pass. Raises
+    Failure if the first batch's logits change, or if the network is scripted or can't be copied.
     """
 
     def __init__(self, model, first=None):
@@ -327,7 +320,7 @@ class InplaceABN1012(nn.Module):
         return logits
 
 
-tresnet = TResNet
+tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's
 inplace_abn_1_0_12 = InplaceABN1012
 
 
@@ -337,7 +330,8 @@ def coco_weights(data_dir):
     if own:
         return own[-1]
     try:
-        return common.download(ZOO + PUBLISHED, Path(data_dir, PUBLISHED))
+        file = "MS_COCO_TRresNet_M_224_81.8.pth"
+        return common.download(ZOO + file, Path(data_dir, file))
     except common.Failure as problem:
         raise common.Failure(
             "no classifier of COCO is here; train one, half an hour per epoch on two CPU cores: "
@@ -361,10 +355,7 @@ def state_dict_of(content, path="the checkpoint"):
 
 
 def inplace_abn_gammas(state):
-    """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
-
-    InPlace-ABN inverts its layer (Rota Bulo et al. 2018, arXiv 1712.02616): no scale may be 0.
-    """
+    """Make gamma |gamma| + eps, as InPlace-ABN does (Rota Bulo et al. 2018, arXiv 1712.02616)."""
     converted = dict(state)
     for name in state:
         if name.endswith("running_mean"):
@@ -442,9 +433,6 @@ class AsymmetricLoss(NamedTuple):
         return -(positive + negative).sum()
 
 
-# --- data
-
-
 @functools.cache
 def scene_digits(source, data_dir, split):
     """`common.load_digits` of train, validation (the last twelfth of the training set) or test."""
@@ -455,11 +443,10 @@ def scene_digits(source, data_dir, split):
 
 
 def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
-    """`n` scenes of one to five digits of `source` (mnist, glyphs or auto) and `split`.
+    """`n` scenes of one to five digits of `source`: mnist, glyphs or auto; raises Failure.
 
     Each digit has its own colour, size and cell of a 3x3 grid. Returns images (n, 3, S, S) float32
-    in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`, whatever
-    `n`. `split` is train, validation or test. Raises Failure if the digits can't be read.
+    in [0, 1] and labels (n, 10) float32, 1 for those present; the same for a `seed`, for any `n`.
     """
     digits, classes = scene_digits(source, data_dir, split)[1:]
     rng = np.random.default_rng([seed, len(split)])
@@ -484,8 +471,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos`, those of the first `limit` with a label, as in ASL; `split` val2017,
-    train2017, or of the latter held-out, every 20th, or train, the others.
+    coco: `common.Photos`, of the first `limit` those with a label; `split` val2017, train2017, or
+    of the latter held-out, every 20th, or train, the others.
     Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
@@ -533,8 +520,7 @@ def read_batches(images, batches):
 def augment(images, seeds):
     """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as the log trained.
 
-    Images (N, 3, S, S) float32 in [0, 1] and a seed for each -> the same shape and range. Not for
-    threads: it borrows torch's random stream.
+    Images (N, 3, S, S) float32 in [0, 1], and a seed for each -> the same. Not for threads.
     """
     size = images.shape[-1]
     side = size // 2  # of the square that is cut out
@@ -604,10 +590,9 @@ def training_checkpoint(path, args):
 
 
 def train(args, device):
-    """Train a network as the flags say; returns its path and the number of its images.
+    """Train a network as the flags say, or go on; returns its path and the number of its images.
 
-    A stopped training is continued, a finished one is not repeated. Raises Failure if --out holds
-    another, if there are too few images, and if it diverges.
+    Raises Failure if --out holds another one, if there are too few images, and if it diverges.
     """
     path = args.out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, args)
@@ -693,10 +678,10 @@ def scenes_classifier(data_dir, device):
 def predict(network, images, device, batch_size=32):
     """The logits (N, L), a float32 array, of images (a tensor or `common.Photos`)."""
     logits = []
-    with common.progress(desc="measuring, in images", total=len(images)) as bar:
-        for batch in read_batches(images, torch.arange(len(images)).split(batch_size)):
-            logits.append(network(batch.to(device)).float().cpu())
-            bar.update(len(batch))
+    rows = torch.arange(len(images)).split(batch_size)
+    bar = common.progress(read_batches(images, rows), "measuring, in steps", len(rows))
+    for batch in bar:
+        logits.append(network(batch.to(device)).float().cpu())
     return torch.cat(logits).numpy()
 
 
