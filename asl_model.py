@@ -2,66 +2,53 @@
 
 A TResNet (Ridnik et al. 2020, arXiv 2003.13630), trained with the asymmetric loss, ASL (Ben-Baruch
 et al. 2020, arXiv 2009.14119). ASL's repository pinned a version of the package inplace_abn that
-gives attackers a wrong gradient: see `inplace_abn_1_0_12`.
+gives attackers a wrong gradient: see `InplaceABN1012`.
 
     python asl_model.py --image photo.jpg           print the labels of a photo
-    python asl_model.py --evaluate --dataset coco   measure mAP, precision and recall
+    python asl_model.py --evaluate --dataset coco   measure mAP, precision (OP) and recall (OR)
     python asl_model.py --train --arch resnet18     train on COCO; half an hour per epoch on a CPU
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue a training that was stopped
 
 Writes results.json into --out; --train also checkpoint.pt, history.csv and the network with the
-best mAP on images held out of training, <arch>-<dataset>.pth. OP is the share of predicted labels
-that are right, OR that of present labels that are predicted.
+best mAP on images held out of training, <arch>-<dataset>.pth.
 """
 
-import collections
 import concurrent.futures
 import copy
 import functools
 import math
 import os
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import RandAugment
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
 
 
 class Architecture(NamedTuple):
-    """A network, and the defaults of its training."""
-
-    image_size: int  # pixels
+    image_size: int  # pixels, by default, as what follows
     epochs: int
     batch_size: int
     lr: float
     features: int  # inputs of the last layer
-    blocks: tuple = ()  # in TResNet's four stages
-    width: int = 64  # channels of TResNet's first stage
-    file: str = ""  # published weights, MS_COCO_<file>.pth in ZOO
+    blocks: tuple = ()  # in TResNet's four stages; torchvision's ResNets have none
 
 
 ARCHITECTURES = {
-    "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1), 16),
-    "tresnet_m": Architecture(
-        224, 60, 16, 1e-3, 2048, (3, 4, 11, 3), 64, "TRresNet_M_224_81.8"
-    ),
-    "tresnet_l": Architecture(
-        448, 60, 16, 1e-3, 2432, (4, 5, 18, 3), 76, "TRresNet_L_448_86.6"
-    ),
-    "tresnet_xl": Architecture(
-        640, 60, 16, 1e-3, 2656, (4, 5, 24, 3), 83, "TResNet_xl_640_88.4"
-    ),
-    "resnet18": Architecture(128, 3, 64, 2e-4, 512),  # torchvision's
+    "tresnet_s": Architecture(64, 13, 64, 5e-3, 512, (2, 3, 1, 1)),
+    "tresnet_m": Architecture(224, 60, 16, 1e-3, 2048, (3, 4, 11, 3)),
+    "tresnet_l": Architecture(448, 60, 16, 1e-3, 2432, (4, 5, 18, 3)),
+    "tresnet_xl": Architecture(640, 60, 16, 1e-3, 2656, (4, 5, 24, 3)),
+    "resnet18": Architecture(128, 3, 64, 2e-4, 512),
     "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
@@ -71,65 +58,50 @@ GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
 HELD_OUT_EVERY = 20  # photos of train2017
 HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
-MOST_DIGITS = 5  # in a scene
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
-ANEW = "train anew with --force"
-OTHER_FILE = "name another file with --weights"
-TRAIN_IT = "python asl_model.py --train --dataset coco --arch resnet18"
-TRAINING_TIME = "half an hour per epoch on two CPU cores"
+WHICH = (
+    "dataset arch image_size epochs batch_size lr limit seed weights"  # make a training
+)
+COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
+EPS = 1e-5  # of InPlace-ABN and batch norm
 
 
 def settings(argv=None):
     """The flags, with all defaults resolved; --resume takes them from the checkpoint in --out."""
-    limit_help = "use only the first N photos, or N scenes, of each split"
-    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit_help)
-    p.epilog = """defaults that depend on the network:
+    limit = "use only the first N photos, or N scenes, of each split"
+    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit)
+    p.epilog = """defaults that depend on the network and the data:
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
-  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4"""
+  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4
+  --train             --arch tresnet_m, on scenes tresnet_s; --weights of a resnet ImageNet's
+  else                --weights the newest in runs/asl_model, else the published ones; their size"""
     add = p.add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
-    text = "default: the one of --weights; to --train tresnet_m, on scenes tresnet_s"
-    add("--arch", choices=ARCHITECTURES, help=text)
-    text = (
-        f"checkpoint; default: what --train left in {OUT}, else the published one; with "
-    )
-    text += (
-        "--train the start; default: ImageNet's weights for a resnet, else random ones"
-    )
-    add("--weights", metavar="FILE", help=text)
-    size = common.number(int, 32, 1024)
-    add("--image-size", type=size, metavar="N", help="pixels; default: the weights' own")
+    add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
+    add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
+    add("--image-size", type=common.number(int, 32, 1024), metavar="N", help="pixels")
     text = "a label is present where its probability is larger; ASL's code has 0.8"
     add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
-    text = "part of coco that judges the network; default: val2017"
-    add("--split", choices=("val2017", "train2017"), help=text)
+    add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
-    text = "images in a step, or measured at once; default: 32"
-    add("--batch-size", type=common.number(int, 2), help=text)
+    add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
-
     args = p.parse_args(argv)
-    for path in (args.image, args.weights):
-        if path and not Path(path).is_file():
-            p.error(f"there is no file {path}")
-    p.set_defaults(batch_size=32)
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
             p.error(f"--resume continues {path}, which must exist; --force starts anew")
-        checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
+        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
-        row = ARCHITECTURES[arch]
-        p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
-        p.set_defaults(batch_size=row.batch_size, lr=row.lr)
+        p.set_defaults(arch=arch, **ARCHITECTURES[arch]._asdict())
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
@@ -137,12 +109,10 @@ def settings(argv=None):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
         p.error("--image-size must be a multiple of 4")
-    if args.arch and not (args.train or args.weights or ARCHITECTURES[args.arch].file):
-        p.error(
-            f"--arch {args.arch}: no weights are published; name a file with --weights"
-        )
-    if args.out == OUT and not args.train:
-        args.out = Path("runs/asl_model_evaluation")  # a training's record stays
+    if args.arch and not (args.train or args.weights):
+        p.error("--arch goes with --train or --weights")
+    if not args.train and (args.out / "checkpoint.pt").exists():
+        args.out = args.out / "evaluation"  # the record of the training stays
     return args
 
 
@@ -151,8 +121,6 @@ def settings(argv=None):
 
 class NormAct(nn.Module):
     """Batch norm, then leaky ReLU of the given slope (1: none), with InPlace-ABN's parameters."""
-
-    eps = 1e-5  # InPlace-ABN's
 
     def __init__(self, channels, slope):
         super().__init__()
@@ -163,9 +131,8 @@ class NormAct(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x):
-        moments = (self.running_mean, self.running_var)
         x = F.batch_norm(
-            x, *moments, self.weight, self.bias, self.training, 0.1, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training
         )
         return x if self.slope == 1 else F.leaky_relu(x, self.slope, inplace=True)
 
@@ -175,17 +142,8 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, c_in, c_out, kernel, slope=1.0):
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="leaky_relu")
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out")
         super().__init__(conv, NormAct(c_out, slope))
-
-
-class BlurPool(nn.Module):
-    """Blur with [1 2 1] x [1 2 1] / 16, then every second pixel (Zhang 2019, arXiv 1904.11486)."""
-
-    def forward(self, x):
-        # Two means of 2x2: a depthwise convolution is slow on a CPU. Means that leave out what
-        # lies outside reflect the edge; torch's own reflection is not deterministic on CUDA.
-        return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2, padding=1, count_include_pad=False)
 
 
 class Block(nn.Module):
@@ -208,12 +166,14 @@ class Block(nn.Module):
         nn.init.zeros_(last[1].weight)  # at first a block hands on its input
         self.se = nn.Identity()
         if excite:
-            hidden = max(planes // (2 if bottleneck else 4), 64)
-            self.se = torchvision.ops.SqueezeExcitation(planes, hidden)
+            self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
+        # blur by [1 2 1] x [1 2 1] / 16, the edge reflected (Zhang 2019, arXiv 1904.11486); torch's
+        # own reflection is not deterministic on CUDA
+        edge = nn.AvgPool2d(2, padding=1, count_include_pad=False)
         if stride == 2 and bottleneck:
-            self.conv2 = nn.Sequential(self.conv2, BlurPool())
+            self.conv2 = nn.Sequential(self.conv2, nn.AvgPool2d(2, 1), edge)
         elif stride == 2:
-            self.conv1 = nn.Sequential(self.conv1, BlurPool())
+            self.conv1 = nn.Sequential(self.conv1, nn.AvgPool2d(2, 1), edge)
 
     def forward(self, x):
         residual = self.conv2(self.conv1(x))
@@ -227,13 +187,11 @@ class TResNet(nn.Module):
     def __init__(self, arch, num_classes=80):
         super().__init__()
         row = ARCHITECTURES[arch]
-        self.arch = arch
-        self.image_size = row.image_size
-        c_in = row.width
+        c_in = width = row.features // 32  # channels of the first stage
         self.body = nn.Sequential()
         self.body.add_module("conv1", ConvNorm(48, c_in, 3, 1e-2))
         for stage, wider in enumerate((1, 2, 16, 32)):
-            c_out = wider * row.width
+            c_out = wider * width
             layer = nn.Sequential()
             for i in range(row.blocks[stage]):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -252,9 +210,6 @@ class TResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's files
-
-
 def normalise(_, inputs):
     """Scale images by ImageNet's mean and deviation, as torchvision's weights expect."""
     images = normalize(inputs[0], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -263,34 +218,31 @@ def normalise(_, inputs):
 
 def new_network(arch, num_classes):
     """A network of random weights: images (N, 3, H, W) in [0, 1] -> logits (N, num_classes)."""
-    if ARCHITECTURES[arch].blocks:
-        return tresnet(arch, num_classes)
-    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-    network.register_forward_pre_hook(normalise)
-    network.arch = arch
-    network.image_size = ARCHITECTURES[arch].image_size
+    row = ARCHITECTURES[arch]
+    if row.blocks:
+        network = TResNet(arch, num_classes)
+    else:
+        network = torchvision.models.get_model(arch, num_classes=num_classes)
+        network.register_forward_pre_hook(normalise)
+    network.image_size = row.image_size
     return network
 
 
 @torch.no_grad()
 def fold(network):
-    """A frozen copy in eval mode; a `TResNet`'s norms are folded into its convolutions.
-
-    The logits are equal, up to rounding. A ResNet's norms stay as they are.
-    """
-    device = next(network.parameters()).device
-    network = copy.deepcopy(network).cpu().eval()  # in float64, which Apple's GPU lacks
+    """A frozen copy in eval mode, a TResNet's norms folded into its convolutions: equal logits."""
+    network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            bias = norm.bias - norm.running_mean * scale
+            scale = norm.weight.double() / (norm.running_var.double() + EPS).sqrt()
             conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            conv.bias = nn.Parameter(bias.to(norm.bias.dtype))
+            bias = norm.bias - norm.running_mean * scale
+            conv.bias = nn.Parameter(bias.to(norm.bias))
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
-    return network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 # --- the gradient of inplace_abn v1.0.12
@@ -312,17 +264,10 @@ class SkippedDerivative(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def mark_normalised(_module, _inputs, output):
-    """Mark the output of a batch norm, as it is now: operations in place raise its version."""
-    output.normalised_version = output._version
-    return output
-
-
 class SkipDerivatives(torch.overrides.TorchFunctionMode):
     """Within, the `first` activations (None: all) skip their derivative in the backward pass.
 
-    Counted are those that InPlace-ABN could have replaced: every leaky ReLU and ELU, and a ReLU
-    that takes the very output of a batch norm.
+    Counted is what InPlace-ABN could have replaced: leaky ReLU, ELU, and ReLU of a batch norm.
     """
 
     def __init__(self, first):
@@ -334,7 +279,9 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").removesuffix("_")
         if name == "batch_norm":
-            return mark_normalised(None, None, function(*args, **kwargs))
+            output = function(*args, **kwargs)
+            output.normalised_version = output._version  # operations in place raise it
+            return output
         if name in ("relu", "leaky_relu", "elu") and self.places != self.first:
             x = args[0] if args else kwargs["input"]
             if name != "relu" or getattr(x, "normalised_version", None) == x._version:
@@ -344,124 +291,77 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
 
 
 class InplaceABN1012(nn.Module):
-    """What `inplace_abn_1_0_12` returns."""
+    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
-    def __init__(self, network, first):
+    The ASL repository pinned it. In eval mode its backward pass hands on `dy_act`, the gradient
+    behind the activation, not `dy`, the one before it. Here the first places (`first`; None: all)
+    where InPlace-ABN could have been do so; `places` counts them in the last forward pass. Raises
+    Failure if the first batch's logits change, or if the network is scripted or can't be copied.
+    """
+
+    def __init__(self, model, first=None):
         super().__init__()
-        self.network = network
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise common.Failure("pass the original of the scripted or traced network", 2)
+        try:
+            self.network = copy.deepcopy(model).eval()
+        except (TypeError, RuntimeError) as problem:
+            raise common.Failure(f"the network cannot be copied: {problem}", 2) from None
         self.first = first
-        self.places = 0
-        self.is_checked = False
+        self.places = None  # it has not run yet
 
     def forward(self, images):
-        if torch.is_inference_mode_enabled():  # there is no gradient to imitate
-            return self.network(images)
-        plain = None
-        if not self.is_checked:
-            plain = self.network(images.clone())
         with SkipDerivatives(self.first) as mode:
-            logits = self.network(images)
-        if plain is not None and not torch.allclose(logits, plain, 1e-4, 1e-4):
-            text = "inplace_abn v1.0.12 cannot be imitated for this network"
-            raise common.Failure(f"{text}: its logits change")
-        self.is_checked = True
+            logits = self.network(images.clone())
+        is_checked = self.places is not None
+        if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
+            raise common.Failure("this network's logits change: it cannot be imitated")
         self.places = mode.places
         return logits
 
 
-def inplace_abn_1_0_12(model, first=None):
-    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
-
-    The ASL repository pinned that version. Its backward pass in eval mode hands on `dy_act`, the
-    gradient behind the activation, where `dy`, the one before it, is meant: the activation's
-    derivative is skipped. Here it is skipped at the `first` of the places where InPlace-ABN could
-    have been (see `SkipDerivatives`); the copy's `places` is at how many, in its last forward pass.
-    Its logits are the same, which the first batch checks: else Failure, as for a network that is
-    scripted or traced, or cannot be copied.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        text = "a scripted or traced network hides its activations"
-        raise common.Failure(f"{text}; pass the network that it was made from", 2)
-    try:
-        model = copy.deepcopy(model).eval()
-    except (TypeError, RuntimeError) as problem:
-        text = f"the network cannot be copied ({problem})"
-        raise common.Failure(f"{text}; use its right gradient", 2) from None
-    for module in model.modules():
-        if type(module).__name__ == "FrozenBatchNorm2d":  # no F.batch_norm, but a product
-            module.register_forward_hook(mark_normalised)
-    return InplaceABN1012(model, first)
-
-
-# --- weights
-
-
-def published(arch, data_dir):
-    """The path of the weights that ASL's authors published for `arch`, downloaded if absent."""
-    file = f"MS_COCO_{ARCHITECTURES[arch].file}.pth"
-    return common.download(ZOO + file, Path(data_dir, file))
+tresnet = TResNet  # its state dict has the names and shapes of the ASL repository's
+inplace_abn_1_0_12 = InplaceABN1012
 
 
 def coco_weights(data_dir):
-    """The path of the newest classifier of COCO that --train left in OUT, else the published one.
-
-    Raises Failure, which says how to train one, if that can't be downloaded.
-    """
+    """The path of the newest classifier of COCO in OUT, else of the published one, or Failure."""
     own = sorted(OUT.glob("*-coco.pth"), key=os.path.getmtime)
     if own:
         return own[-1]
     try:
-        return published("tresnet_m", data_dir)
+        file = "MS_COCO_TRresNet_M_224_81.8.pth"
+        return common.download(ZOO + file, Path(data_dir, file))
     except common.Failure as problem:
-        text = f"no classifier of COCO is here; train one, {TRAINING_TIME}: {TRAIN_IT}"
-        raise common.Failure(f"{text} (of the published one: {problem})") from None
+        raise common.Failure(
+            "no classifier of COCO is here; train one, half an hour per epoch on two CPU cores: "
+            f"python asl_model.py --train --dataset coco --arch resnet18 ({problem})"
+        ) from None
 
 
 def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint: bare, "model" or "state_dict", and without "module.".
-
-    Raises Failure, which names `path`, if it is none, or if a weight is NaN or infinite.
-    """
+    """The state dict in a checkpoint, wrapped or not; raises Failure if a weight isn't finite."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     state = {}
     for name, x in content.items():
         if not isinstance(x, torch.Tensor) or not x.isfinite().all():
-            raise common.Failure(f"{path}: {name} is no finite tensor; {OTHER_FILE}")
-        state[str(name).removeprefix("module.")] = x
+            raise common.Failure(
+                f"{path}: {name} is no finite tensor; use other --weights"
+            )
+        state[name.removeprefix("module.")] = x
     return state
 
 
 def inplace_abn_gammas(state):
-    """An InPlace-ABN network's state dict as a batch norm network's: gamma becomes |gamma| + eps.
-
-    InPlace-ABN inverts its layer in the backward pass (Rota Bulo et al. 2018, arXiv 1712.02616), so
-    its scale must not be zero.
-    """
+    """Make gamma |gamma| + eps, as InPlace-ABN does (Rota Bulo et al. 2018, arXiv 1712.02616)."""
     converted = dict(state)
     for name in state:
         if name.endswith("running_mean"):
             gamma = name.replace("running_mean", "weight")
-            converted[gamma] = state[gamma].float().abs() + NormAct.eps
+            converted[gamma] = state[gamma].float().abs() + EPS
     return converted
-
-
-def class_names_of(content, n, path):
-    """The names of a checkpoint's `n` outputs, in their order."""
-    table = content.get("idx_to_class")
-    if table is None and n == 80:
-        print(f"{path} has no class names; its 80 outputs are taken for COCO's, in order")
-        detection = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
-        known = detection.meta["categories"]
-        return [name for name in known if name not in ("__background__", "N/A")]
-    if table is None:
-        return [str(i) for i in range(n)]
-    if isinstance(table, dict):
-        names = [str(table.get(i, table.get(str(i)))) for i in range(n)]
-        if len({name for name in names if name.isprintable()}) == n:
-            return names
-    raise common.Failure(f"{path}: idx_to_class must give {n} names; {OTHER_FILE}")
 
 
 def load_asl(path, arch=None, folded=True):
@@ -469,73 +369,68 @@ def load_asl(path, arch=None, folded=True):
 
     Takes ASL's published files {"model", "num_classes", "idx_to_class"}, those of ASL's training
     {"state_dict", ...} and of --train, torchvision's ResNets, and bare state dicts. `arch` None:
-    the one that fits. `folded` True: frozen, a TResNet's norms folded. 80 outputs without names are
-    COCO's, others are numbered. The network's `image_size` is the file's, else its architecture's.
-    Raises Failure for other files.
+    the one that fits. `folded` True: frozen, a TResNet's norms folded. Raises Failure for others.
     """
-    content = common.load_checkpoint(path, OTHER_FILE)
+    content = common.load_checkpoint(path, "use other --weights")
     state = state_dict_of(content, path)
-    last = "head.fc.weight" if "head.fc.weight" in state else "fc.weight"
+    is_tresnet = "head.fc.weight" in state
     try:
-        n, features = state[last].shape
+        n, features = state["head.fc.weight" if is_tresnet else "fc.weight"].shape
         for name, row in ARCHITECTURES.items():
-            if (features, last == "fc.weight") == (row.features, row.blocks == ()):
+            if row.features == features and bool(row.blocks) == is_tresnet:
                 arch = arch or name
         network = new_network(arch, n)
-        if last == "head.fc.weight":
+        if is_tresnet:
             state = {k: x for k, x in state.items() if "num_batches_tracked" not in k}
             # the gammas of our own files, which batch norm has trained, may be negative
             if content.get("norm") != "batch norm":
                 state = inplace_abn_gammas(state)
         network.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as problem:
-        text = f"{path} is no {arch or 'TResNet, ResNet-18 or ResNet-50'}"
-        raise common.Failure(f"{text}; {OTHER_FILE}: {problem}") from None
-    size = content.get("image_size", network.image_size)
-    if size not in range(32, 1025, 4):
-        text = f"{path}: image_size {size} is no multiple of 4 from 32 to 1024"
-        raise common.Failure(f"{text}; {OTHER_FILE}")
-    network.image_size = size
-    names = class_names_of(content, n, path)
+        names = [str(i) for i in range(n)]
+        if content.get("idx_to_class"):
+            table = {int(i): name for i, name in content["idx_to_class"].items()}
+            names = [table[i] for i in range(n)]
+        elif n == 80:
+            print(
+                f"{path} has no class names; its 80 outputs are taken for COCO's, in order"
+            )
+            categories = COCO.meta["categories"]
+            names = [x for x in categories if x not in ("__background__", "N/A")]
+    except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
+        raise common.Failure(
+            f"{path} is no {arch or 'TResNet or ResNet'}; use other --weights: {problem!r}"
+        ) from None
+    network.image_size = content.get("image_size", network.image_size)
     return fold(network) if folded else network.eval(), names
 
 
-# --- the loss
-
-
-class AsymmetricLoss(nn.Module):
+class AsymmetricLoss(NamedTuple):
     """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar.
 
-    It is the sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over
-    negatives, with p = sigmoid(logit) and q = max(p - clip, 0); summed, as in the ASL repository,
-    and computed in logarithms, so that no logit is too large.
+    The sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over negatives,
+    with p = sigmoid(logit) and q = max(p - clip, 0); in logarithms, so that no logit is too large.
     """
 
-    def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
-        super().__init__()
-        self.gamma_neg = gamma_neg
-        self.gamma_pos = gamma_pos
-        self.clip = clip
+    gamma_neg: float = 4
+    gamma_pos: float = 1
+    clip: float = 0.05
 
-    def forward(self, logits, targets):
+    def __call__(self, logits, targets):
         if logits.dtype != torch.float64:
             logits = logits.float()
         targets = targets.to(logits)
         log_p = F.logsigmoid(logits)
         log_1_p = F.logsigmoid(-logits)
-        # log(1 - q) = log(min(1 - p + clip, 1))
-        log_1_q = torch.logaddexp(log_1_p, log_1_p.new_tensor(self.clip).log()).clamp(
+        log_clip = log_p.new_tensor(self.clip).log()
+        log_1_q = torch.logaddexp(log_1_p, log_clip).clamp(
             max=0
-        )
+        )  # of min(1 - p + clip, 1)
         # 1 - p and q, above zero, where a power below 1 has no gradient
         not_p = -torch.expm1(log_p).clamp(max=-1e-30)
         q = -torch.expm1(log_1_q).clamp(max=-1e-30)
         positive = targets * not_p**self.gamma_pos * log_p
         negative = (1 - targets) * q**self.gamma_neg * log_1_q
         return -(positive + negative).sum()
-
-
-# --- data
 
 
 @functools.cache
@@ -548,21 +443,19 @@ def scene_digits(source, data_dir, split):
 
 
 def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split="train"):
-    """`n` scenes of one to five digits of `source` (mnist, glyphs or auto) and `split`.
+    """`n` scenes of one to five digits of `source`: mnist, glyphs or auto; raises Failure.
 
-    Each has its own colour, size and cell of a 3x3 grid, moved a little: they seldom hide one
-    another. `split` is train, validation or test. Returns images (n, 3, image_size, image_size)
-    float32 in [0, 1] and labels (n, 10) float32, 1 for the digits present; the same for a `seed`,
-    whatever `n`. Raises Failure if the digits can't be read.
+    Each digit has its own colour, size and cell of a 3x3 grid. Returns images (n, 3, S, S) float32
+    in [0, 1] and labels (n, 10) float32, 1 for those present; the same for a `seed`, for any `n`.
     """
-    _, digits, classes = scene_digits(source, data_dir, split)
+    digits, classes = scene_digits(source, data_dir, split)[1:]
     rng = np.random.default_rng([seed, len(split)])
     images = np.empty((n, 3, image_size, image_size), np.float32)
     labels = torch.zeros(n, 10)
     for image, label in zip(images, labels, strict=True):
         image[:] = rng.uniform(0, 0.4, (3, 1, 1))
         cells = rng.permutation(9)
-        for cell in cells[: rng.integers(1, MOST_DIGITS + 1)]:
+        for cell in cells[: rng.integers(1, 6)]:
             row = rng.integers(len(digits))
             size = int(image_size * rng.uniform(0.31, 0.47))
             digit = F.interpolate(digits[row, None], size, mode="bilinear")[0].numpy()
@@ -578,48 +471,48 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos` with a label, as in ASL, among the first `limit`; `split` val2017 or
-    train2017, or of the latter held-out, every 20th, or train, the others.
-    Labels are (N, L) float32 0/1, in the order of `names` if given. Raises Failure if these are not
-    the data set's, or if no photo has a label.
+    coco: `common.Photos`, of the first `limit` those with a label; `split` val2017, train2017, or
+    of the latter held-out, every 20th, or train, the others.
+    Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
         n = limit or SCENES[split]
         images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
-        source = scene_digits("auto", data_dir, split)[0]
-        description = f"scenes of {source}'s {split} digits"
+        description = (
+            f"scenes of {scene_digits('auto', data_dir, split)[0]}'s {split} digits"
+        )
         known = list("0123456789")
     else:
         part = "val2017" if split == "val2017" else "train2017"
-        photos, labels, known = common.load_coco(data_dir, image_size, limit, part)
+        images, labels, known = common.load_coco(data_dir, image_size, limit, part)
         rows = labels.any(1).nonzero()[:, 0]
         # whatever the seed and the limit, so that a later training holds out the same photos
-        is_held_out = torch.arange(len(rows)) % HELD_OUT_EVERY == 0
-        if split in ("held-out", "train"):
-            rows = rows[is_held_out == (split == "held-out")]
+        if split == "held-out":
+            rows = rows[::HELD_OUT_EVERY]
+        elif split == "train":
+            rows = rows[torch.arange(len(rows)) % HELD_OUT_EVERY > 0]
         if len(rows) == 0:
             raise common.Failure(f"no photo of {part} has a label; raise --limit", 2)
-        images = common.Photos([photos.paths[i] for i in rows], image_size)
+        images.paths = [images.paths[i] for i in rows]
         labels = labels[rows]
-        description = f"labelled photos of COCO {part}"
-        if split == "held-out":
-            description += ", held out of training"
+        description = f"labelled photos of COCO {split}"
     names = names or known
-    if set(names) != set(known):
-        name = min(set(names) ^ set(known))[:99]
-        text = f"only one of the network and {dataset} has the label {name}; {OTHER_FILE}"
-        raise common.Failure(text, 2)
+    unknown = set(names) ^ set(known)
+    if unknown:
+        raise common.Failure(
+            f"{dataset} or the network lacks the label {min(unknown)}", 2
+        )
     return images, labels[:, [known.index(name) for name in names]], names, description
 
 
 def read_batches(images, batches):
     """Yield the images (a tensor or `common.Photos`) at each list of row numbers in `batches`."""
-    ahead = collections.deque()  # threads decode the photos of three more batches
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    ahead = []  # threads decode the photos of three more batches
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         for rows in batches:
             ahead.append(pool.map(images.__getitem__, map(int, rows)))
             if len(ahead) > 3:
-                yield torch.stack(list(ahead.popleft()))
+                yield torch.stack(list(ahead.pop(0)))
         for photos in ahead:
             yield torch.stack(list(photos))
 
@@ -627,223 +520,168 @@ def read_batches(images, batches):
 def augment(images, seeds):
     """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as the log trained.
 
-    Images (N, 3, S, S) float32 in [0, 1] and a seed for each -> the same shape and range. Not for
-    threads: it borrows torch's global random stream.
+    Images (N, 3, S, S) float32 in [0, 1], and a seed for each -> the same. Not for threads.
     """
-    rand_augment = RandAugment()
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     size = images.shape[-1]
     side = size // 2  # of the square that is cut out
     augmented = []
     with torch.random.fork_rng(devices=[]):
-        for array, seed in zip(pixels, seeds, strict=True):
+        for pixels, seed in zip((images * 255).round().byte(), seeds, strict=True):
             torch.default_generator.manual_seed(seed)
             left, top = (torch.randint(size, (2,)) - side // 2).tolist()
             colour = tuple(torch.randint(256, (3,)).tolist())
-            image = Image.fromarray(array)
+            image = to_pil_image(pixels)
             square = (left, top, left + side - 1, top + side - 1)
             ImageDraw.Draw(image).rectangle(square, colour)
-            augmented.append(np.asarray(rand_augment(image)))
-    return torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2) / 255
+            augmented.append(to_tensor(RandAugment()(image)))
+    return torch.stack(augmented).contiguous(memory_format=torch.channels_last)
 
 
-# --- training
+# --- training and report
 
 
-class Settings(NamedTuple):
-    """What a training depends on: its flags; the defaults are those of the scenes' classifier."""
-
-    dataset: str = "scenes"
-    arch: str = "tresnet_s"
-    image_size: int = 64
-    epochs: int = 13
-    batch_size: int = 64
-    lr: float = 5e-3
-    limit: int | None = None
-    seed: int = 0
-    weights: str | None = None
-    digits: str | None = None  # in the scenes: mnist or glyphs
-    data: str = "data"
-    threshold: float = 0.5  # of the report
-
-
-def starting_network(settings, names):
+def starting_network(args, names):
     """The network, for the classes `names`, that a training starts from."""
-    path = settings.weights
-    if path is None and ARCHITECTURES[settings.arch].blocks:
-        return new_network(settings.arch, len(names))
+    path = args.weights
+    if path is None and ARCHITECTURES[args.arch].blocks:
+        return new_network(args.arch, len(names))
     if path is None:
-        url = torchvision.models.get_model_weights(settings.arch).DEFAULT.url
-        file = url.rpartition("/")[2]  # it ends in the start of its hash: -f37072fd.pth
-        path = common.download(url, Path(settings.data, file), file[-12:-4])
-    network, known = load_asl(path, settings.arch, folded=False)
-    head = getattr(network, "head", network)
+        url = torchvision.models.get_model_weights(args.arch).DEFAULT.url
+        path = Path(args.data, url.rpartition("/")[2])
+        common.download(url, path, path.stem[-8:])  # the start of its hash
+    network, known = load_asl(path, args.arch, folded=False)
     if known != names:
         print(f"the labels are not those of {path}: the last layer starts anew")
+        head = getattr(network, "head", network)
         head.fc = nn.Linear(head.fc.in_features, len(names))
     return network
 
 
-def training_batches(settings, images, labels, steps):
+def training_batches(args, images, labels, steps):
     """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
-    per_epoch = len(labels) // settings.batch_size
-    done = steps % per_epoch
-    for epoch in range(steps // per_epoch, settings.epochs):
-        stream = torch.Generator().manual_seed(hash((settings.seed, epoch)) % 2**63)
+    per_epoch = len(labels) // args.batch_size
+    batches = []
+    for epoch in range(args.epochs):
+        stream = torch.Generator().manual_seed(hash((args.seed, epoch)) % 2**63)
         order = torch.randperm(len(labels), generator=stream)
-        batches = order.split(settings.batch_size)[done:per_epoch]
-        for rows, batch in zip(batches, read_batches(images, batches), strict=True):
-            if settings.dataset == "coco":
-                keys = [(settings.seed, epoch, row) for row in rows.tolist()]
-                seeds = [hash(key) % 2**63 for key in keys]
-                batch = augment(batch, seeds)
-                mirrored = torch.tensor(seeds) % 2 == 1
-                batch[mirrored] = batch[mirrored].flip(3)
-            yield batch, labels[rows]
-        done = 0
+        batches += order.split(args.batch_size)[:per_epoch]
+    for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
+        rows = batches[step]
+        if args.dataset == "coco":
+            epoch = step // per_epoch
+            seeds = [hash((args.seed, epoch, row)) % 2**63 for row in rows.tolist()]
+            batch = augment(batch, seeds)
+            mirrored = torch.tensor(seeds) % 2 == 1
+            batch[mirrored] = batch[mirrored].flip(3)
+        yield batch, labels[rows]
 
 
-def starting_checkpoint(path, settings, resume, force):
-    """The checkpoint of the same training to go on from, or None; raises Failure for another's."""
-    if force or not path.exists():
-        return None
-    checkpoint = common.load_checkpoint(path, ANEW, "asl_model")
-    same = settings._asdict()
-    del same["data"], same["threshold"]  # which the weights do not depend on
-    common.require_same(path, checkpoint["settings"], same)
-    if checkpoint["steps"] < checkpoint["total_steps"] and not resume:
-        raise common.Failure(f"{path} is unfinished; continue it with --resume", 2)
-    return checkpoint
+def training_checkpoint(path, args):
+    """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
+    flags = {name: getattr(args, name) for name in WHICH.split()}
+    if args.dataset == "scenes":
+        flags["digits"] = scene_digits("auto", args.data, "train")[0]
+    if path.exists() and not args.force:
+        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
+        common.require_same(path, checkpoint["settings"], flags)
+        return checkpoint
+    settings = {**flags, "data": args.data, "threshold": args.threshold}
+    return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 
-def save_training(path, state, parts):
-    """Write the state of a training and of its parts; raises Failure if it has diverged."""
-    content = dict(state)
-    for name, part in parts.items():
-        content[name] = part.state_dict()
-    if not all(x.isfinite().all() for x in content.get("network", {}).values()):
-        text = f"the training diverged by step {state['steps']:,}: a weight is not finite"
-        raise common.Failure(f"{text}; lower --lr {state['settings']['lr']}")
-    with common.whole_file(path) as file:
-        torch.save(content, file)
+def train(args, device):
+    """Train a network as the flags say, or go on; returns its path and the number of its images.
 
-
-def starting_parts(settings, names, device, state):
-    """The networks and the optimiser of a training, as its `state` has them if there is one."""
-    torch.manual_seed(settings.seed)
-    network = new_network(settings.arch, len(names))
-    if not state:
-        network = starting_network(settings, names)
+    Raises Failure if --out holds another one, if there are too few images, and if it diverges.
+    """
+    path = args.out / "checkpoint.pt"
+    checkpoint = training_checkpoint(path, args)
+    done = checkpoint["steps"]
+    source = {"limit": args.limit, "seed": args.seed}
+    place = (args.dataset, args.data, args.image_size)
+    images, labels, names, _ = load_data(*place, "train", **source)
+    held_out, truth = load_data(*place, HELD_OUT[args.dataset], **source)[:2]
+    total = args.epochs * (len(labels) // args.batch_size)
+    if total == 0:
+        raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
+    torch.manual_seed(args.seed)
+    network = new_network(args.arch, len(names))
+    if done == 0:
+        network = starting_network(args, names)
     network.train().to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), fused=True)
     parts = {"network": network, "average": average, "adam": adam}
-    for name, part in parts.items():
-        if state:
-            part.load_state_dict(state.pop(name))
-    return parts
-
-
-def train(settings, out, device, resume=False, force=False):
-    """Train a network with these `Settings`; returns facts for the record, such as its path.
-
-    Writes into `out` what the top of this file says. A training that is finished is not repeated.
-    Raises Failure if `out` holds another one, or an unfinished one and not `resume`, if there are
-    too few images, and if the training diverges.
-    """
-    path = out / "checkpoint.pt"
-    state = starting_checkpoint(path, settings, resume, force)
-    s = settings
-    sizes = {"image_size": s.image_size, "limit": s.limit, "seed": s.seed}
-    images, labels, names, _ = load_data(s.dataset, s.data, split="train", **sizes)
-    held_out = load_data(s.dataset, s.data, split=HELD_OUT[s.dataset], **sizes)
-    total = s.epochs * (len(labels) // s.batch_size)
-    if total == 0:
-        text = f"--batch-size {s.batch_size}: there are {len(labels)} training images"
-        raise common.Failure(text, 2)
-    parts = starting_parts(s, names, device, state)
-    network = parts["network"]
-    average = parts["average"]
-    adam = parts["adam"]
+    if done > 0:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
-    asl = AsymmetricLoss(4, GAMMA_POS[s.dataset])
-    bf16 = common.has_bf16(device)
-    # with its "model", the best network, it is also what load_asl takes
-    state = state or {"kind": "asl_model", "steps": 0, "seconds": 0.0, "history": []}
-    state.update(settings=s._asdict(), arch=s.arch, image_size=s.image_size)
-    state.update(norm="batch norm", num_classes=len(names), total_steps=total)
-    state["idx_to_class"] = dict(enumerate(names))
-    history = state["history"]
-    evaluations = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
-    start = time.time() - state["seconds"]
-    bar = common.progress(desc="training, in images", total=total * s.batch_size)
-    bar.update(state["steps"] * s.batch_size)
-    batches = training_batches(s, images, labels, state["steps"])
-    for step, (batch, targets) in enumerate(batches, state["steps"] + 1):
+    asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
+    history = checkpoint["history"]
+    # with its "model", the best network, a checkpoint is also what load_asl takes
+    checkpoint.update(norm="batch norm", image_size=args.image_size)
+    checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
+    batches = training_batches(args, images, labels, done)
+    bar = common.progress(batches, "training, in steps", total, initial=done)
+    for step, (batch, targets) in enumerate(bar, done + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
-        rise = min(step / (total + 1) / 0.2, (1 - step / (total + 1)) / 0.8)
-        adam.param_groups[0]["lr"] = s.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        share = step / (total + 1)
+        rise = min(share / 0.2, (1 - share) / 0.8)
+        adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
+        with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))
         adam.zero_grad()
         loss.backward()
         adam.step()
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
-        bar.update(s.batch_size)
-        if step in evaluations:
-            logits = predict(average, held_out[0], device, s.batch_size, bar)
-            mean_ap = average_precision(logits, held_out[1].numpy()).mean().item()
-            row = {"step": step, "loss": loss.item() / s.batch_size, "mAP": mean_ap}
+        is_judged = step * EVALUATIONS % total < EVALUATIONS
+        if is_judged:
+            logits = predict(average, held_out, device, args.batch_size)
+            mean_ap = average_precision(logits, truth.numpy()).mean().item()
+            row = {"step": step, "loss": loss.item() / args.batch_size, "mAP": mean_ap}
             history.append(row)
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
-                state["model"] = copy.deepcopy(average.state_dict())
-                state.update(mAP=mean_ap, mAP_on=held_out[-1])
-        if step in evaluations or step % SAVE_EVERY == 0:
-            state.update(steps=step, seconds=time.time() - start)
-            save_training(path, state, parts)
-    bar.close()
-    path = out / f"{s.arch}-{s.dataset}.pth"
-    save_training(path, state, {})
-    common.write_csv(out / "history.csv", history)
-    facts = {"weights": path, "dataset_size": len(labels), "steps": total, "bf16": bf16}
-    return {**facts, "training_seconds": state["seconds"]}
+                checkpoint["model"] = copy.deepcopy(average.state_dict())
+        if is_judged or step % SAVE_EVERY == 0:
+            if not loss.isfinite():
+                raise common.Failure(f"the training diverged; lower --lr {args.lr}")
+            checkpoint["steps"] = step
+            for name, part in parts.items():
+                checkpoint[name] = part.state_dict()
+            with common.whole_file(path) as file:
+                torch.save(checkpoint, file)
+    for name in parts:
+        del checkpoint[name]
+    path = args.out / f"{args.arch}-{args.dataset}.pth"
+    with common.whole_file(path) as file:
+        torch.save(checkpoint, file)
+    common.write_csv(args.out / "history.csv", history)
+    return path, len(labels)
 
 
-def scenes_classifier(data_dir, device, seed=0):
-    """(Network, class names, path) of the classifier of scenes, trained where there is none.
-
-    It lies in runs/scenes_classifier/mnist or glyphs; other seeds than 0 are added to that name.
-    """
-    digits = scene_digits("auto", str(data_dir), "train")[0]
-    out = Path("runs/scenes_classifier", digits)
-    if seed != 0:
-        out = out.with_name(f"{digits}-seed{seed}")
+def scenes_classifier(data_dir, device):
+    """(Network, class names, path) of the classifier of scenes, trained where there is none."""
+    out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        settings = Settings(seed=seed, digits=digits, data=str(data_dir))
+        flags = ["--train", "--dataset=scenes", f"--data={data_dir}", f"--out={out}"]
         with common.hold(out):
-            train(settings, out, device, resume=True)
+            train(settings(flags), device)
     network, names = load_asl(path)
     return network.to(device), names, path
 
 
-# --- report
-
-
-@torch.inference_mode()
-def predict(network, images, device, batch_size=32, bar=None):
-    """The logits (N, L), a float32 array, of images; shows progress, unless in another `bar`."""
-    rows = torch.arange(len(images))
+@torch.no_grad()
+def predict(network, images, device, batch_size=32):
+    """The logits (N, L), a float32 array, of images (a tensor or `common.Photos`)."""
     logits = []
-    with common.progress(
-        desc="measuring, in images", total=len(rows), disable=bar is not None
-    ) as own_bar:
-        for batch in read_batches(images, rows.split(batch_size)):
-            logits.append(network(batch.to(device)).float().cpu())
-            own_bar.update(len(batch))
+    rows = torch.arange(len(images)).split(batch_size)
+    bar = common.progress(read_batches(images, rows), "measuring, in steps", len(rows))
+    for batch in bar:
+        logits.append(network(batch.to(device)).float().cpu())
     return torch.cat(logits).numpy()
 
 
@@ -856,13 +694,12 @@ def average_precision(logits, labels):
     """The AP of each class that an image shows (ASL's code counts the others as 0).
 
     Arrays (N, L), of any score -> (classes shown,). AP is the mean, over the images that show the
-    class, of the precision at their score; equal scores share one threshold.
+    class, of the precision at their score, where equal scores share one threshold.
     """
     precisions = []
     for scores, present in zip(logits.T, labels.T > 0, strict=True):
         if present.any():
-            thresholds = np.sort(scores[present])
-            # how many scores reach a threshold: all but those that lie below
+            thresholds = np.sort(scores[present])  # all scores but those below reach one
             predicted = len(scores) - np.searchsorted(np.sort(scores), thresholds)
             right = len(thresholds) - np.searchsorted(thresholds, thresholds)
             precisions.append((right / predicted).mean())
@@ -874,76 +711,49 @@ def measure(logits, labels, threshold):
     predicted = is_present(logits, threshold)
     present = labels > 0
     right = (predicted & present).sum()
-    precisions = average_precision(logits, labels)
     return {
         "n": len(labels),
-        "classes": labels.shape[1],
-        "classes_present": len(precisions),
-        "mAP": precisions.mean().item(),
+        "mAP": average_precision(logits, labels).mean().item(),
         "OP": common.wilson(right, predicted.sum()),
         "OR": common.wilson(right, present.sum()),
-        "exact": common.wilson((predicted == present).all(1).sum(), len(labels)),
     }
 
 
 def main(argv=None):
-    """Do what the flags say; returns the record in results.json, with the numbers of each split."""
-    start = time.time()
+    """Do what the flags say; returns the record in results.json."""
     args = settings(argv)
     device = common.pick_device(args.device)
-    facts = {"dataset": args.dataset, "device": str(device)}
     scenes = args.dataset == "scenes"
-    splits = ["test"] if scenes else [args.split or "val2017"]
+    facts = {"device": str(device)}
     numbers = {}
-    lines = []
     with common.hold(args.out):
-        if not (args.train or args.force) and (args.out / "checkpoint.pt").exists():
-            text = f"--out {args.out} holds a training"
-            raise common.Failure(f"{text}; choose another folder, or add --force", 2)
         if args.train:
-            values = {name: vars(args).get(name) for name in Settings._fields}
-            if scenes:
-                values["digits"] = scene_digits("auto", args.data, "train")[0]
-            plan = Settings(**values)
-            facts.update(train(plan, args.out, device, args.resume, args.force))
-            path = facts["weights"]
-            splits.insert(0, HELD_OUT[args.dataset])
+            path, facts["dataset_size"] = train(args, device)
         elif args.weights:
             path = args.weights
         elif scenes:
             path = scenes_classifier(args.data, device)[2]
-        elif args.arch:
-            path = published(args.arch, args.data)
         else:
             path = coco_weights(args.data)
         network, names = load_asl(path, args.arch)
         network.to(device)
         size = args.image_size or network.image_size
-        facts.update(weights=str(path), arch=network.arch)
         if args.image:
-            splits = []
+            part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
             probabilities = torch.from_numpy(logits).sigmoid().tolist()
-            order = np.argsort(-logits, kind="stable")
-            present = order[: is_present(logits, args.threshold).sum()]
-            numbers["labels"] = {names[i]: probabilities[i] for i in present}
-            for rank, i in enumerate(order[: len(present) + 3]):
-                note = "" if rank < len(present) else "(not present)"
-                lines.append(f"{probabilities[i]:.3f}  {names[i]} {note}")
-        for split in splits:
-            images, labels, _, description = load_data(
-                args.dataset, args.data, size, split, names, args.limit, args.seed
+            for i in np.argsort(-logits, kind="stable"):
+                if is_present(logits[i], args.threshold):
+                    numbers[names[i]] = probabilities[i]
+        else:
+            part = "test" if scenes else args.split or "val2017"
+            images, labels, _, facts["images"] = load_data(
+                args.dataset, args.data, size, part, names, args.limit, args.seed
             )
             logits = predict(network, images, device, args.batch_size)
-            numbers[split] = measure(logits, labels.numpy(), args.threshold)
-            numbers[split]["images"] = description
-            facts.setdefault("dataset_size", len(labels))
-        facts["seconds"] = time.time() - start
-        record = common.write_results(args, numbers, **facts)
-    for line in lines:
-        print(line)
-    for split in splits:
-        common.print_table([split, str(path)], numbers[split].items())
+            numbers = measure(logits, labels.numpy(), args.threshold)
+        record = common.write_results(args, {part: numbers}, weights=str(path), **facts)
+    common.print_table([part, path], numbers.items())
     return record
 
 
