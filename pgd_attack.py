@@ -21,10 +21,8 @@ Writes into --out: results.json, adversarial.npz and figures (PNG).
 
 import argparse
 import contextlib
-import copy
 import datetime
 import difflib
-import io
 import json
 import math
 import os
@@ -43,10 +41,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models, transforms
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import acwgan
 import asl_model
 import common
+from asl_model import is_present
 
 # the gradient of the package that the ASL repository pinned
 INPLACE_ABN = "inplace-abn-1.0.12"
@@ -74,8 +75,9 @@ def fraction(text):
         value = 0
     if 0 < value <= 1:
         return value
-    text = f"{text!r} is not above 0 and up to 1; 8 of 255 grey levels are 8/255"
-    raise argparse.ArgumentTypeError(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not above 0 and up to 1; 8 of 255 grey levels are 8/255"
+    )
 
 
 def flags():
@@ -85,12 +87,12 @@ def flags():
     p = common.parser(__doc__, None, names, about, "attack only the first N images")
     p.set_defaults(dataset=None)
     add = p.add_argument
+    count = common.number(int, 0)
     mode = p.add_mutually_exclusive_group()
     text = "run the attacks of this week of the log, beside the corrected one"
     mode.add_argument("--week", type=int, choices=(3, 4, 5), help=text)
-    mode.add_argument(
-        "--sweep", action="store_true", help="attack with eps from 0.25/255 to 16/255"
-    )
+    text = "attack with eps from 0.25/255 to 16/255, beside two controls"
+    mode.add_argument("--sweep", action="store_true", help=text)
     text = "run week 5's attack with ever more activations' derivatives skipped"
     mode.add_argument("--dose", action="store_true", help=text)
     add("--image", type=Path, metavar="FILE", help="attack this photo")
@@ -113,14 +115,11 @@ def flags():
     add("--eps", type=fraction, help=text)
     add("--alpha", type=fraction, help="step size, of 1 (2/255)")
     add("--steps", type=common.number(int, 1), help="most steps per image (40)")
-    add("--restarts", type=common.number(int, 0), help="further tries of margin (2)")
+    add("--restarts", type=count, help="further tries of margin (2)")
     text = "images whose pixels adversarial.npz holds"
-    add("--save", type=common.number(int, 0), default=16, metavar="N", help=text)
-    add(
-        "--batch-size",
-        type=common.number(int, 1),
-        help="images per batch (16 photos, else 256)",
-    )
+    add("--save", type=count, default=16, metavar="N", help=text)
+    text = "images per batch (16 photos, else 256)"
+    add("--batch-size", type=common.number(int, 1), help=text)
     return p
 
 
@@ -128,60 +127,49 @@ def settings(argv=None):
     """The flags, with every default resolved, and `kind`, a key of DATASETS."""
     p = flags()
     args = p.parse_args(argv)
-    if args.model is None:
-        args.model = "digits" if args.week == 4 else "asl"
-    args.kind = args.model if args.model in ("asl", "digits") else "torchvision"
-    if ":" in args.model:
-        args.kind = "own"
-    multi_label = args.kind in ("asl", "own")
-    if multi_label and args.week == 4:
-        p.error("--week 4 needs a classifier of one label: --model digits, or resnet18")
-    if not multi_label:
-        for flag in ("sweep", "dose", "loss", "direction", "restarts"):
-            if getattr(args, flag):
-                p.error(f"--{flag} needs --model asl, or your own network")
-        if args.week in (3, 5):
-            p.error(f"--week {args.week} needs --model asl, or your own network")
-    fixed = []
+    model = args.model or ("digits" if args.week == 4 else "asl")
+    kind = model if model in ("asl", "digits") else "torchvision"
+    if ":" in model:
+        kind = "own"
+    has_labels = kind in ("asl", "own")
+    if args.week and has_labels == (args.week == 4):
+        p.error(f"--week {args.week} does not go with --model {model}; see --help")
+    ignored = []
+    if not has_labels:
+        ignored += ["sweep", "dose", "loss", "direction", "restarts"]
     if args.sweep:
-        fixed = ["eps", "restarts"]
+        ignored += ["eps", "restarts"]
     if args.week or args.dose:
-        fixed = ["loss", "gradient", "eps", "alpha", "steps", "restarts"]
+        ignored += ["loss", "gradient", "eps", "alpha", "steps", "restarts"]
     if args.loss not in (None, "margin"):
-        fixed += ["restarts"]
+        ignored += ["restarts"]
     if args.image:
-        fixed += ["sweep", "dose", "augment", "limit"]
-    if args.kind in ("own", "digits"):
-        fixed += ["weights"]
-    for flag in fixed:
-        value = getattr(args, flag)
-        if value is not None and value is not False:
+        ignored += ["sweep", "dose", "augment", "limit", "split"]
+    if kind in ("own", "digits"):
+        ignored += ["weights"]
+    for flag in ignored:
+        if getattr(args, flag) != p.get_default(flag):
             p.error(f"--{flag} has no effect on this run")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
-    if args.dataset is None:
-        args.dataset = DATASETS[args.kind][0]
-        if args.kind == "asl" and (args.image or args.weights):
-            args.dataset = "coco"
-    if args.dataset not in DATASETS[args.kind]:
-        names = " or ".join(DATASETS[args.kind])
-        p.error(f"--dataset: --model {args.model} takes {names}")
-    if args.augment and args.dataset != "coco":
-        p.error("--augment needs --dataset coco")
-    if args.split != "val2017" and (args.dataset != "coco" or args.image):
-        p.error("--split needs --dataset coco")
+    dataset = args.dataset or DATASETS[kind][0]
+    if kind == "asl" and args.dataset is None and (args.image or args.weights):
+        dataset = "coco"
+    if dataset not in DATASETS[kind]:
+        p.error(f"--dataset: --model {model} takes {' or '.join(DATASETS[kind])}")
+    if dataset != "coco" and (args.augment or args.split != "val2017"):
+        p.error("--augment and --split train2017 need --dataset coco")
 
-    target, eps, batch_size = DEFAULTS[args.dataset if multi_label else args.kind]
-    if args.dataset == "coco" and (args.week == 5 or args.dose):
+    target, eps, batch_size = DEFAULTS[dataset if has_labels else kind]
+    direction = "flip"
+    if args.week or args.dose or not has_labels:
+        direction = "on"
+    if dataset == "coco" and (args.week == 5 or args.dose):
         target = "dining table"  # output 60; the log took it for the donut, whose category id is 60
-    defaults = {"target": target, "eps": eps, "batch_size": batch_size, "alpha": 2 / 255}
-    defaults.update(steps=40, restarts=2, loss="margin", gradient="right")
-    defaults["direction"] = "flip"
-    if args.week or args.dose or not multi_label:
-        defaults["direction"] = "on"
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    p.set_defaults(model=model, kind=kind, dataset=dataset, target=target, eps=eps)
+    p.set_defaults(batch_size=batch_size, alpha=2 / 255, steps=40, restarts=2)
+    p.set_defaults(loss="margin", gradient="right", direction=direction)
+    args = p.parse_args(argv)
     if args.out is None:
         args.out = Path("runs/pgd_attack", run_name(args))
     return args
@@ -240,15 +228,17 @@ def pgd(
     no gradient reaches the images, or if the logits or the gradient are not finite.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
-        text = f"{len(images)} images with {len(targets)} targets"
-        text = f"{text}; eps {eps}, alpha {alpha}, steps {steps}"
-        raise ValueError(f"{text}: none may be negative")
+        raise ValueError(
+            f"{len(images)} images with {len(targets)} targets; eps {eps}, alpha {alpha}, "
+            f"steps {steps}: none may be negative"
+        )
     if len(images) == 0:
         return images.clone()
-    rounding = 1e-6
-    if not (clip[0] - rounding <= images.min() and images.max() <= clip[1] + rounding):
-        text = f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}"
-        raise ValueError(f"{text}: give them in [0, 1], and normalise inside the model")
+    if not (images - images.clamp(*clip)).abs().max() <= 1e-6:  # rounding; NaN is refused
+        raise ValueError(
+            f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}: "
+            "give them in [0, 1], and normalise inside the model"
+        )
     reached = early_stop if callable(early_stop) else goal_reached
     with evaluation_mode(model):
         images = images.detach().clone()
@@ -313,7 +303,7 @@ def goal_reached(logits, targets):
     return ((logits > 0) == (targets > 0.5)).all(1)
 
 
-def gradient_error(model, images, directions=4, step=1e-8):
+def gradient_error(model, images, directions=4, step=1e-9):
     """How far a network's gradient in its input is off: near 0 if right, near 1 or more if wrong.
 
     Compares autograd with central differences of `step` at the first of `images` (N, C, H, W) in
@@ -322,9 +312,6 @@ def gradient_error(model, images, directions=4, step=1e-8):
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
     mode and is restored. Returns a float; NaN if the output is random, so that nothing is known.
     """
-    if images.device.type == "mps":  # Apple's GPUs have no float64
-        model = copy.deepcopy(model).cpu()
-        images = images.cpu()
     tensors = []
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
@@ -467,27 +454,26 @@ def rows_of(args):
     if args.week == 3:
         return [*WEEK_3, ours]
     if args.week == 4:
-        return [
-            *WEEK_4,
-            ours._replace(name="corrected-inplace-abn", gradient=INPLACE_ABN),
-            ours,
-        ]
+        wrong = ours._replace(name="corrected-inplace-abn", gradient=INPLACE_ABN)
+        return [*WEEK_4, wrong, ours]
     if args.week == 5:
         return [*WEEK_5, ours]
     rows = []
-    for eps in SWEEP if args.sweep else ():
-        # alpha shrinks with eps, or one step would cross the whole ball
-        alpha = min(ours.alpha, eps / 255 / 4)
-        row = ours._replace(eps=eps / 255, alpha=alpha, restarts=0)
-        rows.append(row._replace(name=f"noise-{eps}", loss=None))
-        rows.append(row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps))
-        rows.append(row._replace(name=f"attack-{eps}"))
-    for places in DOSE if args.dose else ():
-        name = "all" if places is None else f"first-{places}"
-        rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, places=places))
+    if args.sweep:
+        for eps in SWEEP:
+            # alpha shrinks with eps, or one step would cross the whole ball
+            alpha = min(ours.alpha, eps / 255 / 4)
+            row = ours._replace(eps=eps / 255, alpha=alpha, restarts=0)
+            rows.append(row._replace(name=f"noise-{eps}", loss=None))
+            rows.append(row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps))
+            rows.append(row._replace(name=f"attack-{eps}"))
+        return rows
     if args.dose:
-        rows.append(Row("noise", None, 0.3))
-    return rows or [ours]
+        for places in DOSE:
+            name = "all" if places is None else f"first-{places}"
+            rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, places=places))
+        return [*rows, Row("noise", None, 0.3)]
+    return [ours]
 
 
 class Task(NamedTuple):
@@ -502,14 +488,9 @@ class Task(NamedTuple):
     std: torch.Tensor | None = None
 
 
-def present(logits, threshold):
-    """The labels that are present, bool (N, L): those whose probability exceeds the threshold."""
-    return logits > math.log(threshold / (1 - threshold))
-
-
 def wanted_labels(logits, task):
     """The labels that an attack wants, float (N, L): those predicted, except for the target."""
-    wanted = present(logits, task.threshold).float()
+    wanted = is_present(logits, task.threshold).float()
     if task.direction == "flip":
         wanted[:, task.target] = 1 - wanted[:, task.target]
     else:
@@ -555,7 +536,7 @@ def attack_labels(network, images, logits, row, task):
                 early_stop=done if row.restarts is not None else False,
                 momentum=0.75 if attempt > 0 else 0,
             )
-        after = present(logits_of(network, adversarial), task.threshold)
+        after = is_present(logits_of(network, adversarial), task.threshold)
         succeeded = (after == wanted[remaining].bool()).all(1)
         if attempt == 0:
             result[:] = adversarial
@@ -584,16 +565,8 @@ def attack_top_class(network, images, logits, row, task):
             others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
             return logits[:, task.target] - others > LEAD
 
-        return pgd(
-            network,
-            images,
-            targets,
-            loss,
-            row.eps,
-            row.alpha,
-            row.steps,
-            early_stop=leads,
-        )
+        sizes = (row.eps, row.alpha, row.steps)
+        return pgd(network, images, targets, loss, *sizes, early_stop=leads)
     wanted = F.one_hot(targets, logits.shape[1]).float()
     if row.loss == "raw-logits":
         wanted = logits.clone()  # the log's fault: logits where 0 and 1 belong
@@ -613,23 +586,29 @@ def attack_top_class(network, images, logits, row, task):
 
 # --- counting
 
+LOGGED_COUNTS = (
+    "target_actual",
+    "target_before",
+    "target_after",
+)  # as week 5 printed them
+LOGGED_COUNTS += ("labels_actual", "labels_before", "labels_after")
+
 
 def rate_over_photos(hits, totals):
     """sum(hits) / sum(totals) of counts (N,) per photo, with a 95 % interval; None for no total.
 
     The labels of one photo depend on one another, so the bootstrap resamples photos, not labels.
     """
-    if totals.sum() == 0:
+    n = totals.sum().item()
+    if n == 0:
         return None
-    counts = torch.stack([hits, totals]).double().numpy()
     rng = np.random.default_rng(0)
     rates = []
     for _ in range(1000):
-        drawn = counts[:, rng.integers(len(hits), size=len(hits))].sum(1)
-        rates.append(drawn[0] / max(drawn[1], 1))
+        drawn = rng.integers(len(hits), size=len(hits))
+        rates.append(hits[drawn].sum().item() / max(totals[drawn].sum().item(), 1))
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
-    rate = hits.sum().item() / totals.sum().item()
-    return {"rate": rate, "low": low, "high": high, "n": int(totals.sum())}
+    return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
 
 def count_labels(logits_before, logits_after, truth, task):
@@ -637,30 +616,32 @@ def count_labels(logits_before, logits_after, truth, task):
 
     Labels are counted over all images, rates over the images that the attack is to change.
     """
-    before = present(logits_before, task.threshold)
-    after = present(logits_after, task.threshold)
-    wanted = wanted_labels(logits_before, task).bool()
-    attacked = (wanted != before).any(1)
-    n = attacked.sum()
-    others = torch.arange(len(task.names)) != task.target
-    lost = (before & ~after)[attacked][:, others].sum(1)
-    new = (after & ~before)[attacked][:, others].sum()
-    numbers = {"target_actual": None, "labels_actual": None}
-    if truth is not None:
-        numbers["target_actual"] = int(truth[:, task.target].sum())
-        numbers["labels_actual"] = int(truth.sum())
-    numbers["target_before"] = int(before[:, task.target].sum())
-    numbers["labels_before"] = int(before.sum())
-    numbers["target_after"] = int(after[:, task.target].sum())
-    numbers["labels_after"] = int(after.sum())
     target = task.target
+    before = is_present(logits_before, task.threshold)
+    after = is_present(logits_after, task.threshold)
+    wanted = wanted_labels(logits_before, task).bool()
+    numbers = dict.fromkeys(LOGGED_COUNTS)
+    if truth is not None:
+        numbers["target_actual"] = int(truth[:, target].sum())
+        numbers["labels_actual"] = int(truth.sum())
+    numbers["target_before"] = int(before[:, target].sum())
+    numbers["labels_before"] = int(before.sum())
+    numbers["target_after"] = int(after[:, target].sum())
+    numbers["labels_after"] = int(after.sum())
     numbers["target_ratio"] = rate_over_photos(after[:, target], before[:, target])
     numbers["labels_ratio"] = rate_over_photos(after.sum(1), before.sum(1))
-    switched = (after != before)[attacked, target].sum()
-    numbers["target_switched"] = common.wilson(switched, n)
-    numbers["exact"] = common.wilson((after == wanted).all(1)[attacked].sum(), n)
-    numbers["others_lost"] = rate_over_photos(lost, before[attacked][:, others].sum(1))
-    numbers["others_new"] = int(new)
+
+    attacked = (wanted != before).any(1)
+    before = before[attacked]
+    after = after[attacked]
+    changed = after != before
+    exact = (after == wanted[attacked]).all(1)
+    others = torch.arange(len(task.names)) != target
+    lost = (changed & before)[:, others].sum(1)
+    numbers["target_switched"] = common.wilson(changed[:, target].sum(), len(after))
+    numbers["exact"] = common.wilson(exact.sum(), len(after))
+    numbers["others_lost"] = rate_over_photos(lost, before[:, others].sum(1))
+    numbers["others_new"] = int((changed & after)[:, others].sum())
     return numbers
 
 
@@ -673,8 +654,8 @@ def count_top_class(logits_before, logits_after, truth, task):
     # the log's own measure
     numbers["mean_sigmoid"] = logits_after[:, task.target].sigmoid().mean().item()
     if truth is not None:
-        known = truth >= 0
-        numbers["accuracy"] = common.wilson((before == truth)[known].sum(), known.sum())
+        hits = before == truth
+        numbers["accuracy"] = common.wilson(hits.sum(), (truth >= 0).sum())
     return numbers
 
 
@@ -696,8 +677,10 @@ def label_index(name, names):
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
-    text = f"{name[:50]!r} is none of the {len(names)} names; the nearest are {', '.join(near)}"
-    raise common.Failure(text, 2)
+    raise common.Failure(
+        f"{name[:50]!r} is none of the {len(names)} names; the nearest are {', '.join(near)}",
+        2,
+    )
 
 
 def own_network(spec):
@@ -707,14 +690,13 @@ def own_network(spec):
     try:
         network, names, size = runpy.run_path(path)[function]()
         network = network.float().cpu().eval()
-        for weight in network.parameters():
-            weight.requires_grad_(False)
         names = [str(name) for name in names]
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
         images[2] = 1
-        with torch.enable_grad():
-            logits = network(images.requires_grad_().clone())
+        for weight in network.parameters():  # so that only the images need a gradient
+            weight.requires_grad_(False)
+        logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
         text = "FUNCTION() of FILE.py must return (network, class names, image size)"
@@ -780,16 +762,13 @@ def load_imagenet(data_dir, class_names, limit=None):
             paths.append(path)
     if not paths:
         raise common.Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
-    if limit is not None and limit < len(paths):
-        rows = np.linspace(0, len(paths) - 1, limit).round().astype(int)
-        paths = [paths[row] for row in rows]
+    rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths)))
+    paths = [paths[row] for row in rows.round().astype(int)]
     folders = sorted(path.name for path in folder.glob("n" + 8 * "[0-9]"))
-    if len(folders) != len(class_names):
-        folders = []
     classes = []
     for path in paths:
         name = path.stem.partition("_")[2].replace("_", " ")
-        if path.parent.name in folders:
+        if len(folders) == len(class_names) and path.parent.name in folders:
             classes.append(folders.index(path.parent.name))
         # two kinds of crane, and of maillot, share a name
         elif class_names.count(name) == 1:
@@ -828,141 +807,45 @@ def load_multi_label(args, device):
     return Subject(network, task, images, truth, description)
 
 
-def load_single_label(args, device):
-    """Week 4: the Subject that the flags name."""
-    truth = None
-    if args.kind == "digits":
-        dataset, images, labels = common.load_digits(args.dataset, args.data)
-        images = images.to(device)
-        labels = labels.to(device)
-        network = acwgan.evaluation_classifier(args.out, dataset, images, labels)
-        names = [str(digit) for digit in range(10)]
-        mean = torch.tensor([0.1307])  # MNIST's
-        std = torch.tensor([0.3081])
-        limit = args.limit or 1000
-        description, images, truth = common.load_digits(dataset, args.data, False, limit)
-    else:
-        network, weights = torchvision_network(args.model, args.weights, args.data)
-        if args.weights:
-            print(f"{args.weights} is not the file that torchvision publishes")
-        names = weights.meta["categories"]
-        mean = torch.tensor(weights.transforms().mean)
-        std = torch.tensor(weights.transforms().std)
-        description = f"COCO {args.split}"
-        if args.image:
-            paths = [args.image]
-            description = str(args.image)
-        elif args.dataset == "coco":
-            paths = common.load_coco(args.data, None, args.limit, args.split)[0].paths
-        else:
-            paths, truth = load_imagenet(args.data, names, args.limit)
-            description = "ImageNet"
-        # cropped as these weights ask, but not normalised, which the network does itself
-        transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
-        images = common.Photos(paths, None, transform)
-    mean = mean[:, None, None].to(device)
-    std = std[:, None, None].to(device)
+def load_digits(args, device):
+    """Week 4's Subject on digits, with the evaluation classifier of week 1."""
+    dataset, images, labels = common.load_digits(args.dataset, args.data)
+    images = images.to(device)
+    network = acwgan.evaluation_classifier(args.out, dataset, images, labels.to(device))
+    limit = args.limit or 1000
+    description, images, truth = common.load_digits(dataset, args.data, False, limit)
+    names = list("0123456789")
     target = label_index(args.target, names)
+    mean = torch.tensor(0.1307, device=device)  # MNIST's
+    std = torch.tensor(0.3081, device=device)
     task = Task(names, target, "on", args.threshold, mean=mean, std=std)
     return Subject(network, task, images, truth, description)
 
 
-# --- the attacks on all images
-
-
-class Outcome(NamedTuple):
-    """What became of the N images; on the CPU."""
-
-    logits: torch.Tensor  # (N, L)
-    pixels: torch.Tensor  # of the first K images, uint8 (K, C, S, S)
-
-
-def run_attacks(networks, subject, rows, args, device, rank, world):
-    """The Outcome of "clean" and of every row, by name; `networks`: the network to attack, by row.
-
-    Each of torchrun's `world` processes attacks every world-th batch. A batch and its random
-    numbers are the same for any number of processes.
-    """
-    attack = attack_labels if subject.task.mean is None else attack_top_class
-    total = len(subject.images)
-    saved = min(max(args.save, 1), total)
-    outcomes = {}
-    for name in networks:
-        logits = torch.zeros(total, len(subject.task.names))
-        pixels = torch.zeros(saved, *subject.images[0].shape, dtype=torch.uint8)
-        outcomes[name] = Outcome(logits, pixels)
-    batches = torch.arange(total).split(args.batch_size)
-    batches = [batch.tolist() for batch in batches[rank::world]]
-    work = len(rows) * sum(len(batch) for batch in batches)
-    bar = common.progress(desc="attacking", total=work, disable=rank > 0)
-    tensors = asl_model.read_batches(subject.images, batches)
-    for batch, clean in zip(batches, tensors, strict=True):
-        if args.augment:
-            clean = asl_model.augment(clean, augmentation_seeds(args, batch))
-        clean = clean.to(device)
-        before = logits_of(networks["clean"], clean)
-        images = {"clean": clean}
-        for number, row in enumerate(rows):
-            torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
-            network = networks[row.name]
-            images[row.name] = attack(network, clean, before, row, subject.task)
-            bar.update(len(batch))
-        some = [i for i in batch if i < saved]
-        for name, outcome in outcomes.items():
-            outcome.logits[batch] = logits_of(networks["clean"], images[name]).cpu()
-            pixels = (images[name][: len(some)].clamp(0, 1) * 255).round()
-            outcome.pixels[some] = pixels.byte().cpu()
-    bar.close()
-    for outcome in outcomes.values() if world > 1 else ():
-        dist.all_reduce(outcome.logits)  # other processes' images are zeros here
-        dist.all_reduce(outcome.pixels)
-    return outcomes
-
-
-def first_gradients(network, images, wanted):
-    """The gradients of week 5's loss that an attack would follow first, (N, D)."""
-    x = images.clone().requires_grad_()
-    (gradients,) = torch.autograd.grad(softmax_bce(network(x), wanted).sum(), x)
-    return gradients.flatten(1)
-
-
-def plot_dose(networks, subject, outcomes, args, device):
-    """A picture of what the attack does, over the number of derivatives skipped: its cosines
-    with the right gradient, for up to 64 images, and the labels, beside those after noise.
-    Returns (picture, {row: cosine}).
-    """
-    names = list(networks)[1:-1]  # between "clean" and "noise"
-    places = [networks[name].places for name in names]
-    images = subject.images[:64]
-    if args.augment:
-        images = asl_model.augment(images, augmentation_seeds(args, range(len(images))))
-    images = images.to(device)
-    wanted = wanted_labels(logits_of(networks["clean"], images), subject.task)
-    right = first_gradients(networks["clean"], images, wanted)
-    cosines = {}
-    for name in names:
-        gradients = first_gradients(networks[name], images, wanted)
-        cosines[name] = F.cosine_similarity(right, gradients).mean().item()
-    labels = {}
-    for name, outcome in outcomes.items():
-        labels[name] = present(outcome.logits, subject.task.threshold).sum().item()
-    before = max(labels["clean"], 1)
-    ratios = [labels[name] / before for name in names]
-    noise = labels["noise"] / before
-    curves = {
-        "labels after / before": (places, ratios),
-        "the same, noise": ([0, places[-1]], [noise, noise]),
-        "cosine with the right gradient": (places, list(cosines.values())),
-    }
-    picture = acwgan.plot(
-        "ratio or cosine", "activations whose derivative is skipped", curves
-    )
-    return picture, cosines
-
-
-def augmentation_seeds(args, rows):
-    """One seed for each row number, the same in every batch."""
-    return [hash((args.seed, row)) % 2**63 for row in rows]
+def load_single_label(args, device):
+    """Week 4's Subject on photos, with a classifier of torchvision's."""
+    network, weights = torchvision_network(args.model, args.weights, args.data)
+    if args.weights:
+        print(f"{args.weights} is not the file that torchvision publishes")
+    names = weights.meta["categories"]
+    truth = None
+    description = f"COCO {args.split}"
+    if args.image:
+        paths = [args.image]
+        description = str(args.image)
+    elif args.dataset == "coco":
+        paths = common.load_coco(args.data, None, args.limit, args.split)[0].paths
+    else:
+        paths, truth = load_imagenet(args.data, names, args.limit)
+        description = "ImageNet"
+    # cropped as these weights ask, but not normalised, which the network does itself
+    transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
+    images = common.Photos(paths, None, transform)
+    mean = torch.tensor(network[0].mean, device=device)[:, None, None]
+    std = torch.tensor(network[0].std, device=device)[:, None, None]
+    target = label_index(args.target, names)
+    task = Task(names, target, "on", args.threshold, mean=mean, std=std)
+    return Subject(network, task, images, truth, description)
 
 
 # --- figures and tables
@@ -975,15 +858,17 @@ def captions(before, after, task):
         if after.argmax() != before.argmax():
             colour = "green" if after.argmax() == task.target else "firebrick"
         return [(task.names[after.argmax()], colour)]
-    was = present(before, task.threshold)
-    now = present(after, task.threshold)
+    was = is_present(before, task.threshold)
+    now = is_present(after, task.threshold)
     lines = []
     for i in (was | now).nonzero()[:, 0].tolist():
-        colour = "black"
-        if was[i] != now[i]:
-            colour = "green" if now[i] else "firebrick"
-        mark = {"black": "", "green": "+", "firebrick": "-"}[colour]
-        lines.append((f"{mark}{task.names[i]} {after[i].sigmoid():.2f}", colour))
+        text = f"{task.names[i]} {after[i].sigmoid():.2f}"
+        if was[i] and now[i]:
+            lines.append((text, "black"))
+        elif now[i]:
+            lines.append((f"+{text}", "green"))
+        else:
+            lines.append((f"-{text}", "firebrick"))
     return lines
 
 
@@ -994,39 +879,113 @@ def figure(title, outcomes, names, task):
     """
     columns = ["clean", *names]
     clean = outcomes["clean"]
-    has_target = present(clean.logits[: len(clean.pixels), task.target], task.threshold)
-    shown = int(has_target.int().argmin())
-    pixels = torch.stack([outcomes[name].pixels[shown] for name in columns]).float()
+    saved = clean.logits[: len(clean.pixels)]
+    shown = is_present(saved[:, task.target], task.threshold).int().argmin()
+    pixels = torch.stack([outcomes[name].pixels[shown] for name in columns]) / 255
     changes = pixels - pixels[0]
-    scale = max(changes.abs().max().item(), 1)
-    width = 900 // len(columns)
-    lines = {}
-    for name in columns:
-        lines[name] = captions(clean.logits[shown], outcomes[name].logits[shown], task)
-    longest = max(len(labels) for labels in lines.values())
-    page = Image.new("RGB", (900, 2 * width + 70 + 16 * longest), "white")
+    scale = changes.abs().max().clamp(min=1 / 255)
+    side = 900 // len(columns)
+    images = torch.cat([pixels, 0.5 + 0.5 * changes / scale])
+    images = F.interpolate(images, (side - 4, side - 4), mode="bilinear", antialias=True)
+    grid = to_pil_image(make_grid(images, len(columns), pad_value=1))
+    page = Image.new("RGB", (900, 3000), "white")
+    page.paste(grid, (0, 64))
     ink = ImageDraw.Draw(page)
-    font = ImageFont.load_default(13)
-    ink.text((4, 6), title, "black", font)
-    legend = (
-        f"Below: the change, from -{scale:.0f} (black) to {scale:.0f} (white) of 255."
-    )
-    legend += " Labels: kept (black), new (green), lost (red)."
-    ink.text((4, 24), legend, "black", font)
+    ink.font = ImageFont.load_default(13)
+    legend = f"Second row: the change, from {-scale:.2f} (black) to {scale:.2f} (white)."
+    ink.text((4, 6), title, "black")
+    ink.text((4, 24), f"{legend} Labels: kept, +new, -lost.", "black")
+    bottom = 0
     for column, name in enumerate(columns):
-        x = 4 + column * width
-        ink.text((x, 48), name.replace("-inplace-abn", " (wrong)"), "black", font)
-        y = 68
-        for image in (pixels[column] / 255, 0.5 + 0.5 * changes[column] / scale):
-            picture = transforms.functional.to_pil_image(image)
-            page.paste(picture.resize((width - 8, width - 8), Image.BICUBIC), (x, y))
-            y += width - 4
-        for text, colour in lines[name]:
-            ink.text((x, y), text, colour, font)
+        x = 4 + column * side
+        y = 68 + grid.height
+        ink.text((x, 48), name.replace("-inplace-abn", " (wrong)"), "black")
+        labels = captions(clean.logits[shown], outcomes[name].logits[shown], task)
+        for text, colour in labels:
+            ink.text((x, y), text, colour)
             if colour == "firebrick":
-                ink.line((x, y + 9, x + ink.textlength(text, font), y + 9), colour)
+                ink.line((x, y + 9, x + ink.textlength(text), y + 9), colour)
             y += 16
+        bottom = max(bottom, y)
+    return page.crop((0, 0, 900, bottom + 4))
+
+
+def plot_dose(places, cosines, ratios, noise):
+    """What week 5's attack does, over the `places` whose derivative is skipped, as a PIL image.
+
+    Its first gradient's cosine with the right one, and the labels after / before, beside noise's.
+    """
+    curves = {
+        "royalblue": ("cosine of the first gradient with the right one", cosines),
+        "firebrick": ("labels after the attack / before", ratios),
+        "grey": ("labels after noise / before", [noise] * len(places)),
+    }
+    page = Image.new("RGB", (600, 400), "white")
+    ink = ImageDraw.Draw(page)
+    ink.font = ImageFont.load_default(13)
+    ink.text(
+        (50, 376), "activations whose derivative is skipped, from the first", "black"
+    )
+    xs = np.linspace(50, 580, len(places))
+    for x, place in zip(xs, places, strict=True):
+        ink.text((x, 356), str(place), "black", anchor="mt")
+    scale = 260 / max(1, *ratios)  # pixels for a ratio of 1
+    for level in range(int(260 / scale) + 1):
+        y = 350 - level * scale
+        ink.line((50, y, 580, y), "lightgrey")
+        ink.text((44, y), str(level), "black", anchor="rm")
+    for row, (colour, (name, values)) in enumerate(curves.items()):
+        ink.text((50, 8 + 18 * row), name, colour)
+        ys = 350 - scale * np.array(values)
+        ink.line(list(zip(xs, ys, strict=True)), colour, 3)
     return page
+
+
+def gradient_cosines(networks, images, task):
+    """{row: mean cosine of its gradient with the right one}, of week 5's loss at the images."""
+    wanted = wanted_labels(logits_of(networks["clean"], images), task)
+    gradients = {}
+    for name, network in networks.items():
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(softmax_bce(network(x), wanted).sum(), x)
+        gradients[name] = gradient.flatten(1)
+    del gradients["noise"]
+    right = gradients.pop("clean")
+    cosines = {}
+    for name, gradient in gradients.items():
+        cosines[name] = F.cosine_similarity(right, gradient).mean().item()
+    return cosines
+
+
+def check_gradients(networks, rows, image):
+    """Print whether the attacked networks' gradients are right at an image (3, S, S).
+
+    Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
+    """
+    checked = {"gradient_error": networks["clean"]}
+    numbers = {}
+    for row in rows:
+        if row.gradient == INPLACE_ABN and row.places is None:
+            checked["wrong_gradient_error"] = networks[row.name]
+    for name, network in checked.items():
+        try:
+            numbers[name] = gradient_error(network, image[None])
+        except (RuntimeError, TypeError):  # it can't run in float64
+            numbers[name] = math.nan
+        verdict = "the gradient is right"
+        if math.isnan(numbers[name]):
+            verdict = "WARNING: not checked, as the output is random or not in float64"
+        elif numbers[name] > 0.01:
+            verdict = "WARNING: the gradient is WRONG"
+        print(
+            f"{name}, autograd against central differences: {numbers[name]:.2g}; {verdict}"
+        )
+    if "wrong_gradient_error" in checked:
+        numbers["places"] = checked["wrong_gradient_error"].places
+        print(f"it skips the derivatives of {numbers['places']} activations")
+        if numbers["places"] == 0:
+            print("WARNING: this network has none to skip, so that gradient is right")
+    return numbers
 
 
 def print_report(rows, numbers, task):
@@ -1036,114 +995,81 @@ def print_report(rows, numbers, task):
     if task.mean is None:
         counts = ["target_after", "labels_after", "others_new"]
         rates = ["target_switched", "exact", "others_lost"]
-        ends = list(dict.fromkeys([rows[0].name, rows[-1].name]))
+        first = rows[0].name
+        last = rows[-1].name
         lines = []
-        for name in ("target", "labels"):
-            for when in ("actual", "before", "after"):
-                counts_at_ends = [numbers[end][f"{name}_{when}"] for end in ends]
-                lines.append([f"{name} {when}", *counts_at_ends])
-        common.print_table([f"target: {task.names[task.target]}", *ends], lines)
+        for key in LOGGED_COUNTS:
+            lines.append([key, numbers[first][key], numbers[last][key]])
+        common.print_table([f"target: {task.names[task.target]}", first, last], lines)
         print()
-    for settings, keys in ((["eps", "alpha", "steps"], counts), ([], rates)):
+    for keys in (["eps", "alpha", "steps", *counts], rates):
         lines = []
         for row in rows:
-            values = [numbers[row.name].get(key) for key in settings + keys]
-            lines.append([row.name, *values])
-        head = ["attack", *settings, *(key.replace("_", " ") for key in keys)]
-        common.print_table(head, lines)
+            lines.append([row.name, *map(numbers[row.name].get, keys)])
+        common.print_table(["attack", *keys], lines)
         print()
     if task.mean is None:
         print("exact: the target is switched, and every other label is as it was before")
 
 
-def print_photo(network, outcomes, rows, task, device):
+def print_photo(network, outcomes, task, device):
     """Print the labels of --image before and after each attack, from its 8-bit pixels."""
     before = outcomes["clean"].logits
-    for name in ["clean", *(row.name for row in rows)]:
-        pixels = outcomes[name].pixels[:1].to(device).float() / 255
+    for name, outcome in outcomes.items():
+        pixels = outcome.pixels.to(device).float() / 255
         after = logits_of(network, pixels).cpu()
         words = [text for text, _ in captions(before[0], after[0], task)]
         print(f"{name}: {', '.join(words) or 'no label'}")
     done = after.argmax() == task.target
     if task.mean is None:
         wanted = wanted_labels(before, task).bool()
-        done = (present(after, task.threshold) == wanted).all()
+        done = torch.equal(is_present(after, task.threshold), wanted)
     if not done:
         print("these 8-bit pixels do not do what was asked; try a larger --eps")
 
 
-def checked_error(network, image):
-    """`gradient_error` at an image (3, S, S); NaN also if the network can't run in float64."""
-    try:
-        return gradient_error(network, image[None])
-    except (RuntimeError, TypeError):
-        return math.nan
+# --- the run
 
 
-def check_gradients(networks, rows, image):
-    """Print whether the attacked networks' gradients are right at an image (3, S, S).
+class Outcome(NamedTuple):
+    """What became of the N images; on the CPU."""
 
-    Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
-    """
-    numbers = {"gradient_error": checked_error(networks["clean"], image)}
-    for row in rows:
-        if row.gradient == INPLACE_ABN and "places" not in numbers and row.places is None:
-            wrong = networks[row.name]
-            numbers["wrong_gradient_error"] = checked_error(wrong, image)
-            numbers["places"] = wrong.places
-            print(f"{row.name}: it skips the derivatives of {wrong.places} activations")
-            if wrong.places == 0:
-                print("WARNING: this network has none to skip, so that gradient is right")
-    for name, error in numbers.items():
-        verdict = "the gradient is right"
-        if math.isnan(error):
-            verdict = "WARNING: not checked, as the output is random or not in float64"
-        elif error > 0.01:
-            verdict = "WARNING: the gradient is WRONG"
-        if name != "places":
-            print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
-    return numbers
+    logits: torch.Tensor  # (N, L)
+    pixels: torch.Tensor  # of the first K images, uint8 (K, C, S, S)
+
+    def keep(self, batch, images, logits):
+        """Store the logits of the images with the row numbers in `batch`, and the first pixels."""
+        first = [i for i in batch if i < len(self.pixels)]
+        self.logits[batch] = logits.cpu()
+        pixels = (images[: len(first)].clamp(0, 1) * 255).round()
+        self.pixels[first] = pixels.byte().cpu()
 
 
-def main(argv=None):
-    """Attack, write the files, print; returns the record (None in torchrun's other processes)."""
-    args = settings(argv)
-    device = common.pick_device(args.device)
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-    if rank > 0:
-        dist.barrier()  # the first process trains or downloads what the others then find
-        return attack_images(args, device, rank, world)
-    with common.hold(args.out):
-        return attack_images(args, device, rank, world)
-
-
-def refuse_other_settings(args):
+def require_same_settings(args):
     """Raise Failure if --out holds the results of other settings, unless --force is given."""
     path = args.out / "results.json"
-    if path.exists() and not args.force:
-        settings = {name: value for name, value in vars(args).items() if name not in FREE}
-        settings = json.loads(json.dumps(settings, default=str))
-        try:
-            old = json.loads(path.read_bytes())["settings"]
-        except (ValueError, KeyError, TypeError):
-            text = f"{path} is damaged; choose another --out, or add --force"
-            raise common.Failure(text, 2) from None
-        common.require_same(path, old, settings)
+    if args.force or not path.exists():
+        return
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings = json.loads(json.dumps(settings, default=str))
+    try:
+        old = json.loads(path.read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise common.Failure(
+            f"{path} is damaged; choose another --out, or add --force", 2
+        ) from None
+    common.require_same(path, old, settings)
 
 
 def save_arrays(args, subject, outcomes):
     """Write adversarial.npz: pixels and logits of the first --save images, and what they are."""
     n = args.save
     arrays = {"names": np.array(subject.task.names)}
-    arrays["clean"] = outcomes["clean"].pixels[:n].numpy()
-    arrays["before"] = outcomes["clean"].logits[:n].numpy()
     for name, outcome in outcomes.items():
-        if name != "clean":
-            arrays[f"adversarial-{name}"] = outcome.pixels[:n].numpy()
-            arrays[f"after-{name}"] = outcome.logits[:n].numpy()
+        arrays[f"adversarial-{name}"] = outcome.pixels[:n].numpy()
+        arrays[f"after-{name}"] = outcome.logits[:n].numpy()
+    arrays["clean"] = arrays.pop("adversarial-clean")
+    arrays["before"] = arrays.pop("after-clean")
     arrays["truth"] = np.zeros(0)  # it is not known
     if subject.truth is not None:
         arrays["truth"] = subject.truth[:n].numpy()
@@ -1155,35 +1081,12 @@ def save_arrays(args, subject, outcomes):
         np.savez_compressed(file, **arrays)
 
 
-def attack_images(args, device, rank, world):
-    """The run itself: load, attack, count, write, print; see `main`."""
-    if rank == 0:
-        refuse_other_settings(args)
-    load = load_multi_label if args.kind in ("asl", "own") else load_single_label
-    quiet = contextlib.redirect_stdout(io.StringIO() if rank > 0 else sys.stdout)
-    with quiet:
-        subject = load(args, device)
-    if world > 1 and rank == 0:
-        dist.barrier()
+def report(args, device, world, subject, networks, rows, outcomes, record):
+    """Count, write the files, then print; returns the record."""
     task = subject.task
-    network = subject.network.eval().to(device)
-    for weight in network.parameters():
-        weight.requires_grad_(False)
-    rows = rows_of(args)
-    networks = {"clean": network}
-    for row in rows:
-        networks[row.name] = network
-        if row.gradient == INPLACE_ABN:
-            networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
-    record = {"dataset_size": len(subject.images), "rows": {}}
-    if rank == 0:
-        record.update(check_gradients(networks, rows, subject.images[0].to(device)))
-    outcomes = run_attacks(networks, subject, rows, args, device, rank, world)
-    if rank > 0:
-        return None
-
     before = outcomes["clean"].logits
     count = count_labels if task.mean is None else count_top_class
+    record["rows"] = {}
     for row in rows:
         numbers = count(before, outcomes[row.name].logits, subject.truth, task)
         record["rows"][row.name] = {**row._asdict(), **numbers}
@@ -1193,15 +1096,15 @@ def attack_images(args, device, rank, world):
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     title = f"{name}, {subject.description}: {args.target}, {args.direction}"
-    shown = [row.name for row in rows if row.loss in (None, rows[0].loss, rows[-1].loss)]
-    pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown[-5:], task)}
-    if args.sweep:
-        pictures["sweep"] = plot_sweep(record["rows"])
+    shown = dict.fromkeys([row.name for row in (*rows[:3], rows[-1])])
+    pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
-        dose = plot_dose(networks, subject, outcomes, args, device)
-        pictures["dose"], record["cosines"] = dose
+        places = [networks[name].places for name in record["cosines"]]
+        ratios = [record["rows"][row.name]["labels_ratio"]["rate"] for row in rows]
+        cosines = list(record["cosines"].values())
+        pictures["dose"] = plot_dose(places, cosines, ratios[:-1], ratios[-1])
     if args.image:
-        picture = transforms.functional.to_pil_image(outcomes[rows[-1].name].pixels[0])
+        picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
         pictures[f"{args.image.stem}-adversarial"] = picture
     for name, picture in pictures.items():
         with common.whole_file(args.out / f"{name}.png") as file:
@@ -1215,20 +1118,88 @@ def attack_images(args, device, rank, world):
     if "accuracy" in numbers:
         print(f"accuracy of the network on them: {common.cell(numbers['accuracy'])}")
     if args.image:
-        print_photo(network, outcomes, rows, task, device)
+        print_photo(networks["clean"], outcomes, task, device)
     else:
         print_report(rows, record["rows"], task)
     print(f"{args.out} holds results.json, adversarial.npz, {', '.join(pictures)} (.png)")
     return record
 
 
-def plot_sweep(numbers):
-    """Success over eps of the attack and its controls (Carlini et al. 2019, arXiv 1902.06705)."""
-    curves = {}
-    for kind in ("attack", "twice-the-steps", "noise"):
-        rates = [numbers[f"{kind}-{eps}"]["target_switched"] for eps in SWEEP]
-        curves[kind] = (SWEEP, [rate["rate"] if rate else 0 for rate in rates])
-    return acwgan.plot("target switched", "eps, in 255ths", curves)
+def main(argv=None):
+    """Attack, write the files, print; returns the record (None in torchrun's other processes).
+
+    Each of torchrun's processes attacks every so many batches. A batch and its random numbers are
+    the same for any number of processes.
+    """
+    args = settings(argv)
+    device = common.pick_device(args.device)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    folder = contextlib.nullcontext()
+    if rank == 0:
+        folder = common.hold(args.out)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    if rank > 0:
+        sys.stdout = None  # the first process alone prints,
+        dist.barrier()  # and it trains or downloads what the others then find
+    with folder:
+        load = load_multi_label
+        attack = attack_labels
+        if args.kind in ("digits", "torchvision"):
+            load = load_digits if args.kind == "digits" else load_single_label
+            attack = attack_top_class
+        if rank == 0:
+            require_same_settings(args)
+        subject = load(args, device)
+        if world > 1 and rank == 0:
+            dist.barrier()
+        network = subject.network.eval().requires_grad_(False).to(device)
+        rows = rows_of(args)
+        networks = {"clean": network}
+        for row in rows:
+            networks[row.name] = network
+            if row.gradient == INPLACE_ABN:
+                networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
+        total = len(subject.images)
+        record = {"dataset_size": total}
+        if rank == 0:
+            image = subject.images[0].to(device)
+            record.update(check_gradients(networks, rows, image))
+        outcomes = {}
+        for name in networks:
+            logits = torch.zeros(total, len(subject.task.names))
+            shape = (min(max(args.save, 1), total), *subject.images[0].shape)
+            outcomes[name] = Outcome(logits, torch.zeros(shape, dtype=torch.uint8))
+
+        batches = torch.arange(total).split(args.batch_size)[rank::world]
+        batches = [batch.tolist() for batch in batches]
+        work = len(rows) * sum(map(len, batches))
+        bar = common.progress(desc="attacking", total=work, disable=rank > 0)
+        tensors = asl_model.read_batches(subject.images, batches)
+        for batch, images in zip(batches, tensors, strict=True):
+            if args.augment:
+                seeds = [hash((args.seed, row)) % 2**63 for row in batch]
+                images = asl_model.augment(images, seeds)
+            images = images.to(device)
+            before = logits_of(network, images)
+            outcomes["clean"].keep(batch, images, before)
+            if args.dose and batch[0] == 0:
+                record["cosines"] = gradient_cosines(networks, images, subject.task)
+            for number, row in enumerate(rows):
+                torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
+                attacked = networks[row.name]
+                moved = attack(attacked, images, before, row, subject.task)
+                outcomes[row.name].keep(batch, moved, logits_of(network, moved))
+                bar.update(len(batch))
+        bar.close()
+        if world > 1:
+            for outcome in outcomes.values():
+                dist.all_reduce(outcome.logits)  # other processes' images are zeros here
+                dist.all_reduce(outcome.pixels)
+        if rank > 0:
+            return None
+        return report(args, device, world, subject, networks, rows, outcomes, record)
 
 
 if __name__ == "__main__":
