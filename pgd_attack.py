@@ -694,24 +694,21 @@ def own_network(spec):
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
         images[2] = 1
-        for weight in network.parameters():  # so that only the images need a gradient
-            weight.requires_grad_(False)
-        logits = network(images.requires_grad_().clone())
+        with torch.no_grad():
+            logits = network(images)
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
         text = "FUNCTION() of FILE.py must return (network, class names, image size)"
         raise common.Failure(f"--model {spec}: {problem!r}; {text}") from None
-    reason = ""
     if shape != (3, len(names)):
-        reason = f"its output for three images is {shape}, for {len(names)} class names"
-    elif not logits.isfinite().all():
-        reason = "its output is not finite"
-    elif not logits.requires_grad:
-        reason = "no gradient reaches the image; remove no_grad or detach"
-    elif logits.min() >= 0 and logits.max() <= 1:
-        reason = "every output is in [0, 1]; return logits, not probabilities"
-    if reason:
-        raise common.Failure(f"--model {spec}: {reason}")
+        raise common.Failure(
+            f"--model {spec}: its output for three images is {shape}, "
+            f"for {len(names)} class names"
+        )
+    if logits.min() >= 0 and logits.max() <= 1:
+        raise common.Failure(
+            f"--model {spec}: every output is in [0, 1]; return logits, not probabilities"
+        )
     network.image_size = size
     return network, names
 
@@ -795,7 +792,7 @@ def load_multi_label(args, device):
     size = network.image_size
     if args.image:
         photos = common.Photos([args.image], size)
-        return Subject(network, task, photos, None, str(args.image))
+        return Subject(network, task, photos, None, args.image.name)
     split = args.split
     limit = args.limit
     if args.dataset == "scenes":
@@ -832,7 +829,7 @@ def load_single_label(args, device):
     description = f"COCO {args.split}"
     if args.image:
         paths = [args.image]
-        description = str(args.image)
+        description = args.image.name
     elif args.dataset == "coco":
         paths = common.load_coco(args.data, None, args.limit, args.split)[0].paths
     else:
@@ -899,7 +896,7 @@ def figure(title, outcomes, names, task):
     for column, name in enumerate(columns):
         x = 4 + column * side
         y = 68 + grid.height
-        ink.text((x, 48), name.replace("-inplace-abn", " (wrong)"), "black")
+        ink.text((x, 48), name.replace("-inplace-abn", ", wrong gradient"), "black")
         labels = captions(clean.logits[shown], outcomes[name].logits[shown], task)
         for text, colour in labels:
             ink.text((x, y), text, colour)
@@ -1095,7 +1092,7 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
         record["mAP"] = float(ap.mean())
     save_arrays(args, subject, outcomes)
     name = network_name(args)
-    title = f"{name}, {subject.description}: {args.target}, {args.direction}"
+    title = f"{name} on {subject.description}; target: {args.target}, {args.direction}"
     shown = dict.fromkeys([row.name for row in (*rows[:3], rows[-1])])
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
