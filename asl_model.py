@@ -35,7 +35,7 @@ import common
 
 
 class Architecture(NamedTuple):
-    image_size: int  # pixels, by default, as what follows
+    image_size: int  # in pixels; this and the next three are defaults
     epochs: int
     batch_size: int
     lr: float
@@ -61,9 +61,8 @@ SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
-WHICH = (
-    "dataset arch image_size epochs batch_size lr limit seed weights"  # make a training
-)
+# what a training depends on
+PLAN = "dataset arch image_size epochs batch_size lr limit seed weights"
 COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
@@ -302,7 +301,7 @@ class InplaceABN1012(nn.Module):
     def __init__(self, model, first=None):
         super().__init__()
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise common.Failure("pass the original of the scripted or traced network", 2)
+            raise common.Failure("pass the network that was scripted or traced", 2)
         try:
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
@@ -315,7 +314,7 @@ class InplaceABN1012(nn.Module):
             logits = self.network(images.clone())
         is_checked = self.places is not None
         if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
-            raise common.Failure("this network's logits change: it cannot be imitated")
+            raise common.Failure("the logits change by it; use the right gradient")
         self.places = mode.places
         return logits
 
@@ -422,9 +421,8 @@ class AsymmetricLoss(NamedTuple):
         log_p = F.logsigmoid(logits)
         log_1_p = F.logsigmoid(-logits)
         log_clip = log_p.new_tensor(self.clip).log()
-        log_1_q = torch.logaddexp(log_1_p, log_clip).clamp(
-            max=0
-        )  # of min(1 - p + clip, 1)
+        # 1 - q = min(1 - p + clip, 1)
+        log_1_q = torch.logaddexp(log_1_p, log_clip).clamp(max=0)
         # 1 - p and q, above zero, where a power below 1 has no gradient
         not_p = -torch.expm1(log_p).clamp(max=-1e-30)
         q = -torch.expm1(log_1_q).clamp(max=-1e-30)
@@ -578,7 +576,7 @@ def training_batches(args, images, labels, steps):
 
 def training_checkpoint(path, args):
     """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
-    flags = {name: getattr(args, name) for name in WHICH.split()}
+    flags = {name: getattr(args, name) for name in PLAN.split()}
     if args.dataset == "scenes":
         flags["digits"] = scene_digits("auto", args.data, "train")[0]
     if path.exists() and not args.force:

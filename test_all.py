@@ -1125,15 +1125,10 @@ def reference_logits(state, images):
         y = reference_conv(state, x, f"{name}.conv1", 1e-3)
         y = reference_conv(state, y, f"{name}.conv2", 1e-3 if bottleneck else 1.0)
         if f"{name}.se.fc1.weight" in state:
-            scale = y.mean((2, 3), keepdim=True)
-            scale = F.conv2d(
-                scale, state[f"{name}.se.fc1.weight"], state[f"{name}.se.fc1.bias"]
-            )
-            scale = scale.relu()
-            scale = F.conv2d(
-                scale, state[f"{name}.se.fc2.weight"], state[f"{name}.se.fc2.bias"]
-            )
-            y = y * scale.sigmoid()
+            se = [state[f"{name}.se.{x}"] for x in ("fc1.weight", "fc1.bias")]
+            scale = F.conv2d(y.mean((2, 3), keepdim=True), *se).relu()
+            se = [state[f"{name}.se.{x}"] for x in ("fc2.weight", "fc2.bias")]
+            y = y * F.conv2d(scale, *se).sigmoid()
         if bottleneck:
             y = reference_conv(state, y, f"{name}.conv3")
         if f"{name}.downsample.1.0.weight" in state:
@@ -1146,13 +1141,14 @@ def reference_logits(state, images):
 
 
 def test_networks_have_the_published_files_sizes():
-    """Entries and weights of ASL's TResNets."""
-    entries = {374: "tresnet_m", 535: "tresnet_l", 649: "tresnet_xl"}
-    for (n, arch), millions in zip(entries.items(), (29.50, 53.75, 75.99), strict=True):
+    """ASL's TResNets: arch, entries, millions of weights."""
+    text = "tresnet_m 374 29.50, tresnet_l 535 53.75, tresnet_xl 649 75.99"
+    for arch, entries, millions in map(str.split, text.split(", ")):
         with torch.device("meta"):
             network = asl_model.tresnet(arch)
         weights = sum(p.numel() for p in network.parameters())
-        assert (len(network.state_dict()), round(weights / 1e6, 2)) == (n, millions)
+        assert len(network.state_dict()) == int(entries)
+        assert f"{weights / 1e6:.2f}" == millions
 
 
 def test_a_published_file_gives_inplace_abns_logits(tmp_path):
@@ -1321,7 +1317,7 @@ def test_what_cannot_be_imitated_is_refused():
         asl_model.inplace_abn_1_0_12(network)
     random = asl_model.inplace_abn_1_0_12(nn.Flatten())
     random.network.register_forward_hook(lambda *_: torch.rand(1, 10))
-    with refused("logits change"):
+    with refused("the logits change"):
         random(images)
 
 
@@ -1349,14 +1345,12 @@ def test_asl_and_its_gradient_are_the_papers(powers):
         assert difference(torch.autograd.grad(value, ours)[0], exact) < tolerance
 
 
-def test_asl_is_finite_at_any_logit_and_pulls():
-    far = torch.tensor([[-1e4, -200.0, -30.0, 30.0, 200.0, 1e4]] * 2, requires_grad=True)
-    value = asl_model.AsymmetricLoss()(far, torch.tensor([[1.0], [0.0]]).expand(2, 6))
+def test_asl_pulls_a_positive_however_far_off_it_is():
+    far = torch.tensor([[-1e4, -200.0, 200.0, 1e4]] * 2, requires_grad=True)
+    value = asl_model.AsymmetricLoss()(far, torch.tensor([[1.0], [0.0]]).expand(2, 4))
     gradient = torch.autograd.grad(value, far)[0]
-    assert value.isfinite()
-    assert gradient.isfinite().all()
-    assert (gradient[0, :3] <= -0.9).all(), "a positive is pulled, however far off it is"
-    assert (gradient[1] >= 0).all()
+    assert torch.cat([gradient.flatten(), value[None]]).isfinite().all()
+    assert (gradient[0, :2] <= -0.9).all()
 
 
 def test_average_precision_is_the_brute_force_one():
@@ -1378,8 +1372,7 @@ def test_rates_count_labels_above_the_threshold():
     logits = np.array([[2.0, -2.0, 0.0], [0.1, 3.0, -1.0]])
     labels = np.array([[1, 0, 1], [0, 1, 0]])
     numbers = asl_model.measure(logits, labels, 0.5)
-    assert numbers["OP"] == common.wilson(2, 3), "a logit on the threshold is absent"
-    assert numbers["OR"] == common.wilson(2, 3)
+    assert numbers["OP"] == numbers["OR"] == common.wilson(2, 3), "0.5 is not above 0.5"
     assert asl_model.measure(logits, labels, 0.8)["OP"] == common.wilson(2, 2)
 
 
@@ -1435,8 +1428,7 @@ def test_augmentation_is_cutout_then_randaugment(monkeypatch):
     halve = Mock(return_value=lambda image: image.point(lambda x: x // 2))
     monkeypatch.setattr(asl_model, "RandAugment", halve)
     cut = (asl_model.augment(images, seeds) * 255).round()
-    changed = (augmented * 255 - 2 * cut).abs().amax((1, 2, 3)) > 3
-    assert changed.any(), "RandAugment's doing"
+    assert (augmented * 255 - 2 * cut).abs().max() > 3, "RandAugment's doing"
     assert cut.max() <= 127, "Cutout comes first, so that its colours are halved, too"
     squares = (cut != 32).any(1)
     heights = squares.any(2).sum(1)
@@ -1486,21 +1478,6 @@ def test_a_stopped_training_resumes_to_the_same_bits(data, tmp_path, monkeypatch
             classifier(data, out, f"--resume {flag}")
 
 
-def test_an_evaluation_honours_its_batch_size_and_leaves_the_training(data, tmp_path):
-    whole = classifier(data, tmp_path, SMALL)
-    before = (tmp_path / "results.json").read_text()
-    weights = tmp_path / "tresnet_s-coco.pth"
-    read = Mock(wraps=asl_model.read_batches)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asl_model, "read_batches", read)
-        seen = classifier(
-            data, tmp_path, f"--evaluate --weights {weights} --batch-size 2"
-        )
-    assert [len(rows) for rows in read.call_args.args[1]] == [2, 1]
-    assert seen["val2017"]["mAP"] == whole["val2017"]["mAP"]
-    assert (tmp_path / "results.json").read_text() == before
-
-
 def test_training_is_one_cycle_and_averages_weights(data, tmp_path, monkeypatch):
     """Of ten networks it keeps the best; the loss is ASL with gamma- 4, gamma+ 0 on photos."""
     scores = [0.3, 0.5, 0.9, 0.2, 0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0]
@@ -1530,6 +1507,7 @@ def test_training_is_one_cycle_and_averages_weights(data, tmp_path, monkeypatch)
             assert torch.allclose(x, expected, atol=1e-5), name
     for name, x in states[-1]["model"].items():
         assert torch.equal(x, steps[9]["average"][name]), "the last of equals"
+    assert "network" not in states[-1]
 
 
 def test_each_photo_comes_once_an_epoch_in_another_view():
@@ -1584,19 +1562,25 @@ def test_a_training_that_cannot_work_says_what_to_change(data, tmp_path):
 
 
 def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkeypatch):
-    """Photos of one colour, as they are: without augmentation, any optimiser that works does it."""
+    """Photos of one colour, as they are; the record of the training stays."""
     monkeypatch.setattr(asl_model, "augment", lambda images, seeds: images)
     classifier(data, tmp_path, f"{SMALL} --batch-size 6 --epochs 40")
+    before = (tmp_path / "results.json").read_text()
     weights = f"--weights {tmp_path / 'tresnet_s-coco.pth'}"
-    seen = classifier(data, tmp_path, f"--evaluate {weights} --split train2017")
-    assert seen["train2017"]["mAP"] == 1
-    assert seen["train2017"]["n"] == 12
+    read = Mock(wraps=asl_model.read_batches)
+    monkeypatch.setattr(asl_model, "read_batches", read)
+    seen = classifier(
+        data, tmp_path, f"--evaluate {weights} --split train2017 --batch-size 5"
+    )
+    assert (seen["train2017"]["mAP"], seen["train2017"]["n"]) == (1, 12)
+    assert [len(rows) for rows in read.call_args.args[1]] == [5, 5, 2]
     photo = data / "coco" / "train2017" / "0.png"
     told = classifier(data, tmp_path, f"--image {photo} {weights} --threshold 0.3")[
         "labels"
     ]
     assert next(iter(told)) == "name 60"
     assert min(told.values()) > 0.3
+    assert (tmp_path / "results.json").read_text() == before
 
 
 def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypatch):
@@ -1615,9 +1599,6 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
     monkeypatch.setattr(common, "load_digits", digits)
     assert asl_model.scenes_classifier("elsewhere", CPU)[2].parent.name == "glyphs"
     asl_model.scene_digits.cache_clear()
-
-
-# --- weights and flags
 
 
 def test_coco_weights_are_own_ones_then_published_then_a_command(tmp_path, monkeypatch):
