@@ -92,6 +92,9 @@ def settings(argv=None):
     add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
     add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
     args = p.parse_args(argv)
+    for path in (args.image, args.weights):  # before anything is downloaded
+        if path and not Path(path).is_file():
+            p.error(f"there is no file {path}")
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
@@ -263,6 +266,12 @@ class SkippedDerivative(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def mark_normalised(_module, _inputs, output):
+    """Mark the output of a batch norm, as it is now: operations in place raise its version."""
+    output.normalised_version = output._version
+    return output
+
+
 class SkipDerivatives(torch.overrides.TorchFunctionMode):
     """Within, the `first` activations (None: all) skip their derivative in the backward pass.
 
@@ -278,9 +287,7 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").removesuffix("_")
         if name == "batch_norm":
-            output = function(*args, **kwargs)
-            output.normalised_version = output._version  # operations in place raise it
-            return output
+            return mark_normalised(None, None, function(*args, **kwargs))
         if name in ("relu", "leaky_relu", "elu") and self.places != self.first:
             x = args[0] if args else kwargs["input"]
             if name != "relu" or getattr(x, "normalised_version", None) == x._version:
@@ -306,10 +313,17 @@ class InplaceABN1012(nn.Module):
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
             raise common.Failure(f"the network cannot be copied: {problem}", 2) from None
+        for module in self.network.modules():
+            if (
+                type(module).__name__ == "FrozenBatchNorm2d"
+            ):  # no F.batch_norm, but a product
+                module.register_forward_hook(mark_normalised)
         self.first = first
         self.places = None  # it has not run yet
 
     def forward(self, images):
+        if torch.is_inference_mode_enabled():  # there is no gradient to imitate
+            return self.network(images)
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images.clone())
         is_checked = self.places is not None
@@ -395,26 +409,30 @@ def load_asl(path, arch=None, folded=True):
             )
             categories = COCO.meta["categories"]
             names = [x for x in categories if x not in ("__background__", "N/A")]
+        network.image_size = content.get("image_size", network.image_size)
+        if network.image_size not in range(32, 1025, 4):
+            raise ValueError(f"its image_size is {network.image_size}")
     except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
         raise common.Failure(
             f"{path} is no {arch or 'TResNet or ResNet'}; use other --weights: {problem!r}"
         ) from None
-    network.image_size = content.get("image_size", network.image_size)
     return fold(network) if folded else network.eval(), names
 
 
-class AsymmetricLoss(NamedTuple):
+class AsymmetricLoss(nn.Module):
     """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar.
 
     The sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over negatives,
     with p = sigmoid(logit) and q = max(p - clip, 0); in logarithms, so that no logit is too large.
     """
 
-    gamma_neg: float = 4
-    gamma_pos: float = 1
-    clip: float = 0.05
+    def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
+        super().__init__()
+        self.gamma_neg = gamma_neg
+        self.gamma_pos = gamma_pos
+        self.clip = clip
 
-    def __call__(self, logits, targets):
+    def forward(self, logits, targets):
         if logits.dtype != torch.float64:
             logits = logits.float()
         targets = targets.to(logits)

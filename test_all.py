@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import inception_v3
