@@ -1441,10 +1441,9 @@ def run_transfer(out, *flags):
     """`transfer.main` with little of everything, and no training of classifiers."""
     flags = ["--limit", 20, "--samples", 40, "--steps", 2, "--seed", SEED, *flags]
     flags += ["--device", "cpu", "--generator", out / "week_1.pt", "--out", out]
-    search = functools.partial(transfer.carlini_wagner, searches=1, steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acwgan, "train_classifier", Mock())
-        patch.setattr(transfer, "carlini_wagner", search)
+        patch.setattr(transfer, "carlini_wagner", lambda _, images, wanted: 1 - images)
         patch.setattr(transfer, "BATCH_SIZE", 4)
         patch.setattr(transfer, "CW_DIGITS", 20)
         return transfer.main([str(flag) for flag in flags])
@@ -1480,6 +1479,8 @@ def test_samples_are_those_of_the_rows_generator_and_counted(transferred, networ
     assert list(rows) == [*transfer.VARIANTS, "carlini-wagner"]
     labels = np.arange(40) % 10
     out = transferred["settings"]["out"]
+    start = np.load(out / "samples-original.npz")["images"].reshape(40, 784) / 255
+    least = np.linalg.norm(1 - 2 * start[:20], axis=1).mean()  # a search that inverts
     for name, variant in transfer.VARIANTS.items():
         samples = np.load(out / f"samples-{name}.npz")
         generator = transfer.new_generator(variant, networks.original)
@@ -1490,6 +1491,10 @@ def test_samples_are_those_of_the_rows_generator_and_counted(transferred, networ
         wanted = np.full(40, 7) if "scratch" in name else (labels + 1) % 10
         assert np.array_equal(samples["target"], wanted)
         counts = labels != wanted
+        l2 = np.linalg.norm(samples["images"].reshape(40, 784) / 255 - start, axis=1)
+        assert rows[name]["l2"] == pytest.approx(l2[counts].mean(), rel=1e-4)
+        ratio = l2[:20].mean() / least
+        assert rows[name]["l2_over_cw"] == pytest.approx(ratio, rel=1e-4)
         fooled = (samples["predicted"] == wanted)[counts]
         assert rows[name]["target_fooled"] == common.wilson(fooled.sum(), len(fooled))
 
@@ -1498,10 +1503,10 @@ def test_every_column_measures_what_its_name_says():
     images = torch.zeros(5, 1, 28, 28)
     moved = images.clone()
     moved[:, :, 0, 0] = 0.5
-    answers = [("target", [7, 2, 7, 7, 7]), ("judge", [0, 2, 2, 3, 4])]
     networks = Mock()
-    for name, answer in [*answers, ("pgd_judge", [0, 1, 1, 1, 4])]:
-        getattr(networks, name).return_value = F.one_hot(torch.tensor(answer), 10)
+    networks.target.return_value = torch.eye(10)[[7, 2, 7, 7, 7]]
+    networks.judge.return_value = torch.eye(10)[[0, 2, 2, 3, 4]]
+    networks.pgd_judge.return_value = torch.eye(10)[[0, 1, 1, 1, 4]]
     labels = torch.tensor([0, 1, 2, 6, 7])  # the last is the wanted class already
     variant = transfer.Variant("untrained", {}, wanted=7)
     row, classes = transfer.measure(moved, images, labels, variant, networks)
@@ -1558,8 +1563,8 @@ def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
         weights = torch.load(path)[part]
         first = next(iter(weights.values()))
         first += 1
-        write_week_1(path, **{part: weights})
-        assert transfer.load_week_1(path, "auto")[2] != facts
+        changed = transfer.load_week_1(write_week_1(path, **{part: weights}), "auto")[2]
+        assert changed != facts
         first *= torch.nan
         with refused(path, "NaN"):
             transfer.load_week_1(write_week_1(path, **{part: weights}), "auto")
@@ -1636,7 +1641,8 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
         after = short_training(networks, name).project.weight
         assert (after - before).abs().max().item() == pytest.approx(variant.lr, rel=0.01)
         step = (critics[-1] - networks.critic.heads.weight).abs().max().item()
-        assert step == pytest.approx(1e-3 * (name == "scratch-live"), rel=0.01)
+        rate = 1e-3 if name == "scratch-live" else 0
+        assert step == pytest.approx(rate, rel=0.01)
     short_training(networks, "ours")
     for network, same in zip(networks, frozen, strict=True):
         for key, weight in network.state_dict().items():
@@ -1687,34 +1693,34 @@ def test_generators_start_as_their_rows_say(networks, name):
         assert same == (name != "scratch")
 
 
-DIRECTION = torch.randn(784, generator=random_stream(7)) / 100
-
-
-def linear(images):
-    """Two logits: the first is linear in the pixels, the second is 0."""
-    pixels = images.flatten(1)
-    return torch.stack([pixels @ DIRECTION, 0 * pixels.sum(1)], 1)
+def linear():
+    """A linear network of two classes, and by how much each pixel favours the first."""
+    torch.manual_seed(SEED)
+    layer = nn.Linear(784, 2).requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), layer), layer.weight[0] - layer.weight[1]
 
 
 def test_pgd_moves_a_linear_classifier_by_the_closed_form():
+    network, direction = linear()
     images = torch.full((3, 1, 28, 28), 0.5)
     labels = torch.zeros(3, dtype=torch.long)
-    step = 0.3 * DIRECTION.sign().view(1, 28, 28)
-    assert torch.allclose(transfer.pgd(linear, images, labels), images - step)
+    step = 0.3 * direction.sign().view(1, 28, 28)
+    assert torch.allclose(transfer.pgd(network, images, labels), images - step)
     for options in (transfer.FGSM, transfer.PGD):  # from a random start
-        moved = transfer.pgd(linear, images, labels, **options)
-        assert (moved - images).abs().max() <= 0.3 + 1e-6
-        assert (linear(moved) < linear(images))[:, 0].all()
+        change = transfer.pgd(network, images, labels, **options) - images
+        assert change.abs().max() <= 0.3 + 1e-6
+        assert (change.flatten(1) @ direction < 0).all()
 
 
 def test_carlini_wagner_finds_the_smallest_change():
     """To a lead of 0.1 of a linear classifier. Adam's first steps are 7 * lr long: short ones."""
+    network, direction = linear()
     images = torch.rand(4, 1, 28, 28, generator=random_stream()) / 2 + 0.25
-    wanted = 1 - linear(images).argmax(1)
-    moved = transfer.carlini_wagner(linear, images, wanted, steps=200, lr=0.01)
-    assert torch.equal(linear(moved).argmax(1), wanted)
-    closed_form = (linear(images)[:, 0].abs() + 0.1) / DIRECTION.norm()
+    logits = network(images)
+    moved = transfer.carlini_wagner(network, images, logits.argmin(1), steps=200, lr=0.01)
+    closed_form = ((logits[:, 0] - logits[:, 1]).abs() + 0.1) / direction.norm()
     ratio = (moved - images).flatten(1).norm(dim=1) / closed_form
+    assert torch.equal(network(moved).argmax(1), logits.argmin(1))
     assert ratio.min() > 0.999
     assert ratio.max() < 1.05
 
