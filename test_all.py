@@ -1627,10 +1627,12 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
     """By the learning rate, as Adam's first step is; and no other network."""
     frozen = copy.deepcopy(networks)
     critics = []
+    targets = []
     term_of = transfer.loss_term
 
     def record(term, networks, *rest):
         critics.append(networks.critic.heads.weight.detach().clone())
+        targets.append(networks.target)
         return term_of(term, networks, *rest)
 
     monkeypatch.setattr(transfer, "loss_term", record)
@@ -1643,6 +1645,7 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
         step = (critics[-1] - networks.critic.heads.weight).abs().max().item()
         rate = 1e-3 if name == "scratch-live" else 0
         assert step == pytest.approx(rate, rel=0.01)
+        assert targets[-1] is getattr(networks, variant.target)
     short_training(networks, "ours")
     for network, same in zip(networks, frozen, strict=True):
         for key, weight in network.state_dict().items():
