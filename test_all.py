@@ -712,14 +712,6 @@ def test_train_classifier_learns_what_a_linear_layer_can():
 # --- week 2
 
 
-class Transferred(NamedTuple):
-    """A small run of every row, with classifiers that nobody trained."""
-
-    out: Path
-    flags: list
-    record: dict
-
-
 def write_week_1(path, **changes):
     """Write a checkpoint of week 1, as acwgan.py does, with untrained networks."""
     torch.manual_seed(SEED)
@@ -733,42 +725,37 @@ def write_week_1(path, **changes):
     return path
 
 
-@pytest.fixture(scope="module")
-def week_1_file(tmp_path_factory):
-    return write_week_1(tmp_path_factory.mktemp("week 1") / "checkpoint.pt")
-
-
-def run_transfer(*flags):
-    """`transfer.main` with small batches, a short search and no training of classifiers."""
-    search = functools.partial(transfer.carlini_wagner, searches=1, steps=3)
+def run_transfer(out, *flags):
+    """`transfer.main` with little of everything, and no training of classifiers."""
+    flags = ["--limit", 20, "--samples", 40, "--steps", 2, "--seed", SEED, *flags]
+    flags += ["--device", "cpu", "--generator", out / "week_1.pt", "--out", out]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acwgan, "train_classifier", Mock())
-        patch.setattr(transfer, "carlini_wagner", search)
+        patch.setattr(transfer, "carlini_wagner", lambda _, images, wanted: 1 - images)
         patch.setattr(transfer, "BATCH_SIZE", 4)
         patch.setattr(transfer, "CW_DIGITS", 20)
         return transfer.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
-def transferred(week_1_file, tmp_path_factory):
+def transferred(tmp_path_factory):
+    """The record of a small run of every row."""
     out = tmp_path_factory.mktemp("transfer")
-    flags = ["--limit", 20, "--samples", 40, "--steps", 2, "--device", "cpu"]
-    flags += ["--seed", SEED, "--generator", week_1_file]
-    return Transferred(out, flags, run_transfer(*flags, "--out", out))
+    write_week_1(out / "week_1.pt")
+    return run_transfer(out)
 
 
 @pytest.fixture
 def copied(transferred, tmp_path):
-    """The same run in a folder of this test's own."""
-    out = shutil.copytree(transferred.out, tmp_path / "copy")
-    return Transferred(out, [*transferred.flags, "--out", out], transferred.record)
+    """The folder of the same run, this test's own."""
+    return shutil.copytree(transferred["settings"]["out"], tmp_path / "copy")
 
 
 @pytest.fixture
-def networks(week_1_file):
+def networks(tmp_path):
     """Untrained classifiers beside week 1's generator and critic."""
-    original, critic, _ = transfer.load_week_1(week_1_file, "auto")
-    torch.manual_seed(SEED)
+    path = write_week_1(tmp_path / "week_1.pt")
+    original, critic, _ = transfer.load_week_1(path, "auto")
     parts = [original, critic, transfer.model_a()]
     for make, arguments, _, _ in transfer.CLASSIFIERS.values():
         parts.append(make(*arguments))
@@ -776,36 +763,42 @@ def networks(week_1_file):
 
 
 def test_samples_are_those_of_the_rows_generator_and_counted(transferred, networks):
-    rows = transferred.record["rows"]
+    rows = transferred["rows"]
     assert list(rows) == [*transfer.VARIANTS, "carlini-wagner"]
     labels = np.arange(40) % 10
+    out = transferred["settings"]["out"]
+    start = np.load(out / "samples-original.npz")["images"].reshape(40, 784) / 255
+    least = np.linalg.norm(1 - 2 * start[:20], axis=1).mean()  # a search that inverts
     for name, variant in transfer.VARIANTS.items():
-        samples = np.load(transferred.out / f"samples-{name}.npz")
+        samples = np.load(out / f"samples-{name}.npz")
         generator = transfer.new_generator(variant, networks.original)
-        checkpoint = torch.load(transferred.out / f"generator-{name}.pt")
+        checkpoint = torch.load(out / f"generator-{name}.pt")
         generator.load_state_dict(checkpoint["generator"])
         drawn = acwgan.generate(generator.eval(), torch.arange(40) % 10, SEED)
         assert np.array_equal((drawn[:, 0] * 255).round().numpy(), samples["images"])
         wanted = np.full(40, 7) if "scratch" in name else (labels + 1) % 10
         assert np.array_equal(samples["target"], wanted)
         counts = labels != wanted
+        l2 = np.linalg.norm(samples["images"].reshape(40, 784) / 255 - start, axis=1)
+        assert rows[name]["l2"] == pytest.approx(l2[counts].mean(), rel=1e-4)
+        ratio = l2[:20].mean() / least
+        assert rows[name]["l2_over_cw"] == pytest.approx(ratio, rel=1e-4)
         fooled = (samples["predicted"] == wanted)[counts]
         assert rows[name]["target_fooled"] == common.wilson(fooled.sum(), len(fooled))
 
 
 def test_every_column_measures_what_its_name_says():
-    images = common.glyphs(5)[0]
+    images = torch.zeros(5, 1, 28, 28)
     moved = images.clone()
-    moved[:, :, 0, 0] += 0.5
+    moved[:, :, 0, 0] = 0.5
     networks = Mock()
-    answers = {"target": [7, 2, 7, 7, 7], "judge": [0, 2, 2, 3, 4]}
-    answers["pgd_judge"] = [0, 1, 1, 1, 4]
-    for name, answer in answers.items():
-        getattr(networks, name).return_value = F.one_hot(torch.tensor(answer), 10)
+    networks.target.return_value = torch.eye(10)[[7, 2, 7, 7, 7]]
+    networks.judge.return_value = torch.eye(10)[[0, 2, 2, 3, 4]]
+    networks.pgd_judge.return_value = torch.eye(10)[[0, 1, 1, 1, 4]]
     labels = torch.tensor([0, 1, 2, 6, 7])  # the last is the wanted class already
     variant = transfer.Variant("untrained", {}, wanted=7)
     row, classes = transfer.measure(moved, images, labels, variant, networks)
-    assert classes["predicted"].tolist() == answers["target"]
+    assert classes["predicted"].tolist() == [7, 2, 7, 7, 7]
     hits = {"target_fooled": 3, "judge_reads_y": 2, "both": 2}
     hits.update(pgd_judge_reads_y=2, both_by_pgd_judge=1)
     for name, n in hits.items():
@@ -814,66 +807,58 @@ def test_every_column_measures_what_its_name_says():
 
 
 def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, capsys):
-    transfer.print_report("glyphs", {}, transferred.record["rows"])
+    transfer.print_report("glyphs", {}, transferred["rows"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert "glyphs" in lines[1]
-    for name, n in {"closest": 5, "synthetic-adversarial-framework-with-fid": 6}.items():
-        page = np.array(Image.open(transferred.out / f"{name}.png"))
-        assert page.shape[0] == 74 + 86 * n
-        assert (page[72:, 188:192] == 255).all(), "a name runs into the digits"
-        assert (page[72:, :188] < 128).any(), "there are no names"
+    page = np.array(Image.open(transferred["settings"]["out"] / "closest.png"))
+    assert len(page) == 74 + 86 * 5
+    assert (page[72:, 188:192] == 255).all(), "a name runs into the digits"
+    assert (page[72:, :188] < 128).any(), "there are no names"
 
 
-def test_finished_rows_stay_and_force_trains_the_named_one(copied, monkeypatch):
+def test_force_trains_a_finished_row_again_and_no_other(transferred, copied, monkeypatch):
     """Fault 1: `--variant ours` threw away the other rows."""
     spy = Mock(side_effect=transfer.train)
     monkeypatch.setattr(transfer, "train", spy)
-    again = run_transfer(*copied.flags, "--variant", "ours")
+    again = run_transfer(copied, "--variant", "ours")
     spy.assert_not_called()
-    assert again["rows"] == copied.record["rows"]
-    again = run_transfer(*copied.flags, "--variant", "fid", "--force")
+    assert again["rows"] == transferred["rows"]
+    again = run_transfer(copied, "--variant", "fid", "--force")
     assert [call.args[0] for call in spy.call_args_list] == ["original", "fid"]
-    assert list(again["rows"]) == list(copied.record["rows"])
+    assert list(again["rows"]) == list(transferred["rows"])
 
 
 def test_rows_of_other_settings_are_refused_or_left_out(copied):
-    with common.hold(copied.out), refused(copied.out, "another run"):
-        run_transfer(*copied.flags)
-    for flag in ("--steps", "--seed"):
-        with refused("was made with", flag[2:], "--force", code=2):
-            run_transfer(*copied.flags, flag, 77, "--variant", "ours")
-    flags = ["--steps", 3, "--variant", "as-logged", "--force"]
-    record = run_transfer(*copied.flags, *flags)
+    with common.hold(copied), refused(copied, "another run"):
+        run_transfer(copied)
+    with refused("was made with seed", "--force", code=2):
+        run_transfer(copied, "--seed", 77, "--variant", "ours")
+    record = run_transfer(copied, "--steps", 3, "--variant", "as-logged", "--force")
     assert list(record["rows"]) == ["original", "as-logged", "carlini-wagner"]
 
 
-def test_week_1_is_known_by_its_weights(tmp_path):
+def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
     """Fault 22: the same training, run again, differs in its times only."""
-    path = write_week_1(tmp_path / "checkpoint.pt", seconds=1.0)
-    facts = [transfer.load_week_1(path, "auto")[2]]
-    facts.append(transfer.load_week_1(write_week_1(path, seconds=2.0), "auto")[2])
-    for part in ("average", "critic"):
-        weights = torch.load(path)[part]
-        next(iter(weights.values())).add_(1)
-        write_week_1(path, **{part: weights})
-        facts.append(transfer.load_week_1(path, "auto")[2])
-    assert facts[0] == facts[1]
-    assert len({fact["week_1"] for fact in facts}) == 3
-
-
-def test_week_1_that_does_not_fit_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with refused(path, "python acwgan.py --out"):
         transfer.load_week_1(path, "auto")
+    facts = transfer.load_week_1(write_week_1(path, seconds=1.0), "glyphs")[2]
+    assert transfer.load_week_1(write_week_1(path, seconds=2.0), "auto")[2] == facts
     with refused("mnist", "python acwgan.py --out", code=2):
-        transfer.load_week_1(write_week_1(path), "mnist")
+        transfer.load_week_1(path, "mnist")
+    for part in ("average", "critic"):
+        weights = torch.load(path)[part]
+        first = next(iter(weights.values()))
+        first += 1
+        changed = transfer.load_week_1(write_week_1(path, **{part: weights}), "auto")[2]
+        assert changed != facts
+        first *= torch.nan
+        with refused(path, "NaN"):
+            transfer.load_week_1(write_week_1(path, **{part: weights}), "auto")
+    write_week_1(path, settings={"dataset": "glyphs", "image_size": 64})
     with refused("28 x 28", "python acwgan.py --out", code=2):
-        large = {"dataset": "glyphs", "image_size": 64}
-        transfer.load_week_1(write_week_1(path, settings=large), "auto")
-    with refused(path, "NaN"):
-        broken = {"project.weight": torch.tensor([torch.nan])}
-        transfer.load_week_1(write_week_1(path, average=broken), "auto")
+        transfer.load_week_1(path, "auto")
 
 
 def test_a_feature_bank_keeps_seven_batches_and_moves_as_if_all_had_a_gradient():
@@ -912,7 +897,6 @@ def test_the_terms_of_the_losses_are_their_formulas(networks):
         "adversarial hinge": (1.5 - target).clamp(min=0).mean(),
         "robust hinge": (2.0 - robust).clamp(min=0).mean(),
         "euclidean": torch.tensor(784 * 0.5**2),
-        # the mean square of 6,272 normal numbers is within 9 % at five standard deviations
         "noisy euclidean": torch.tensor(784 * (0.5**2 + 0.1**2)),
     }
     for name, expected in terms.items():
@@ -931,10 +915,12 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
     """By the learning rate, as Adam's first step is; and no other network."""
     frozen = copy.deepcopy(networks)
     critics = []
+    targets = []
     term_of = transfer.loss_term
 
     def record(term, networks, *rest):
         critics.append(networks.critic.heads.weight.detach().clone())
+        targets.append(networks.target)
         return term_of(term, networks, *rest)
 
     monkeypatch.setattr(transfer, "loss_term", record)
@@ -947,40 +933,35 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
         step = (critics[-1] - networks.critic.heads.weight).abs().max().item()
         rate = 1e-3 if name == "scratch-live" else 0
         assert step == pytest.approx(rate, rel=0.01)
+        assert targets[-1] is getattr(networks, variant.target)
     short_training(networks, "ours")
     for network, same in zip(networks, frozen, strict=True):
         for key, weight in network.state_dict().items():
             assert torch.equal(weight, same.state_dict()[key])
-
-
-def test_a_loss_that_is_no_number_ends_the_training(networks):
     broken = networks._replace(target=lambda images: networks.target(images) / 0)
     with refused("adversarial", "no number"):
         short_training(broken, "adversarial")
 
 
 def test_ours_warms_up_falls_and_weighs_the_change_ever_more(networks, monkeypatch):
-    ours = transfer.VARIANTS["ours"]
     change = torch.zeros((), requires_grad=True)  # its gradient is its weight
-    rates = []
-    weights = []
+    terms = {"adversarial hinge": 0, "robust hinge": 0, "euclidean": change}
+    schedule = []
 
     class Adam(torch.optim.Adam):
         def step(self):
-            rates.append(self.param_groups[0]["lr"])
-            weights.append(change.grad.item())
+            schedule.extend([self.param_groups[0]["lr"], change.grad.item()])
             change.grad = None
 
     monkeypatch.setattr(transfer, "Adam", Adam)
     monkeypatch.setattr(transfer, "WARM_UP", 6)
-    terms = {"adversarial hinge": 0, "robust hinge": 0, "euclidean": change}
     monkeypatch.setattr(transfer, "loss_term", lambda term, *rest: terms[term])
     short_training(networks, "ours", steps=2)
-    n = 2 * ours.rounds
-    falling = [ours.lr * min(1, (i + 1) / 6) * (1 - i / n) for i in range(n)]
-    rising = [ours.weights["euclidean"] * min(1, i / (0.7 * n)) for i in range(n)]
-    assert rates == pytest.approx(falling)
-    assert weights == pytest.approx(rising)
+    expected = []
+    for i in range(12):
+        expected.append(2e-3 * min(1, (i + 1) / 6) * (1 - i / 12))
+        expected.append(0.16 * min(1, i / (0.7 * 12)))
+    assert schedule == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["original", "as-logged", "scratch", "ours"])
@@ -990,10 +971,11 @@ def test_generators_start_as_their_rows_say(networks, name):
     generator = transfer.new_generator(transfer.VARIANTS[name], networks.original).eval()
     drawn = generator(latent, labels)
     original = networks.original(latent, labels)
-    assert torch.allclose(drawn, original, atol=1e-6) == (name in ("original", "ours"))
+    first = name in ("original", "ours")
+    assert torch.allclose(drawn, original, atol=1e-6) == first
     # as the log's, the others normalise by the batch
-    alone = torch.allclose(generator(latent[:3], labels[:3]), drawn[:3], atol=1e-6)
-    assert alone == (name in ("original", "ours"))
+    alone = generator(latent[:3], labels[:3])
+    assert torch.allclose(alone, drawn[:3], atol=1e-6) == first
     if name == "ours":
         nn.init.constant_(generator.decoder[-1][-1].bias, 0.1)
         assert not torch.allclose(generator(latent, labels), drawn, atol=1e-2)
@@ -1002,38 +984,34 @@ def test_generators_start_as_their_rows_say(networks, name):
         assert same == (name != "scratch")
 
 
-DIRECTION = torch.randn(784, generator=random_stream(7)) / 100
-
-
-def linear(images):
-    """Two logits: the first is linear in the pixels, the second is 0."""
-    pixels = images.flatten(1)
-    return torch.stack([pixels @ DIRECTION, 0 * pixels.sum(1)], 1)
+def linear():
+    """A linear network of two classes, and by how much each pixel favours the first."""
+    torch.manual_seed(SEED)
+    layer = nn.Linear(784, 2).requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), layer), layer.weight[0] - layer.weight[1]
 
 
 def test_pgd_moves_a_linear_classifier_by_the_closed_form():
+    network, direction = linear()
     images = torch.full((3, 1, 28, 28), 0.5)
     labels = torch.zeros(3, dtype=torch.long)
-    step = 0.3 * DIRECTION.sign().view(1, 28, 28)
-    assert torch.allclose(transfer.pgd(linear, images, labels), images - step)
+    step = 0.3 * direction.sign().view(1, 28, 28)
+    assert torch.allclose(transfer.pgd(network, images, labels), images - step)
     for options in (transfer.FGSM, transfer.PGD):  # from a random start
-        moved = transfer.pgd(linear, images, labels, **options)
-        assert (moved - images).abs().max() <= 0.3 + 1e-6
-        assert (linear(moved) < linear(images))[:, 0].all()
+        change = transfer.pgd(network, images, labels, **options) - images
+        assert change.abs().max() <= 0.3 + 1e-6
+        assert (change.flatten(1) @ direction < 0).all()
 
 
 def test_carlini_wagner_finds_the_smallest_change():
-    """To a lead of 0.1 of a linear classifier; for any direction, if its steps are small.
-
-    Adam's first steps change each pixel by about learning_rate / 4, or all by 7 times the learning
-    rate: 0.35 at 0.05, which overshoots a change of 0.4, but 0.07 at 0.01.
-    """
+    """To a lead of 0.1 of a linear classifier. Adam's first steps are 7 * lr long: short ones."""
+    network, direction = linear()
     images = torch.rand(4, 1, 28, 28, generator=random_stream()) / 2 + 0.25
-    wanted = 1 - linear(images).argmax(1)
-    moved = transfer.carlini_wagner(linear, images, wanted, steps=200, lr=0.01)
-    assert torch.equal(linear(moved).argmax(1), wanted)
-    closed_form = (linear(images)[:, 0].abs() + 0.1) / DIRECTION.norm()
+    logits = network(images)
+    moved = transfer.carlini_wagner(network, images, logits.argmin(1), steps=200, lr=0.01)
+    closed_form = ((logits[:, 0] - logits[:, 1]).abs() + 0.1) / direction.norm()
     ratio = (moved - images).flatten(1).norm(dim=1) / closed_form
+    assert torch.equal(network(moved).argmax(1), logits.argmin(1))
     assert ratio.min() > 0.999
     assert ratio.max() < 1.05
 
@@ -1047,14 +1025,8 @@ def test_classifiers_are_trained_once_by_their_recipes(networks, tmp_path, monke
     transfer.load_networks(*args)
     transfer.load_networks(*args)
     attacks = [call.args[-1] for call in train.call_args_list]
-    assert [attack is None for attack in attacks] == [True, True, False, False, False]
+    assert attacks[:2] == [None, None]
     assert [attack.keywords["steps"] for attack in attacks[2:]] == [1, 1, 3]
-    assert {attack.func for attack in attacks[2:]} == {transfer.pgd}
-    recipe = list(transfer.CLASSIFIERS["judge"])
-    recipe[3] = None
-    monkeypatch.setitem(transfer.CLASSIFIERS, "judge", recipe)
-    transfer.load_networks(*args)
-    assert train.call_count == len(transfer.CLASSIFIERS) + 1
 
     def right(images):
         return F.one_hot(labels, 10) * images.amax((1, 2, 3))[:, None]
@@ -1064,7 +1036,7 @@ def test_classifiers_are_trained_once_by_their_recipes(networks, tmp_path, monke
     assert rates["judge"]["rate"] == 1
     assert rates["judge_under_pgd"]["rate"] == 0.1  # without an image, it answers 0
     assert transfer.pgd.call_args_list[0].args[0] is right
-    assert set(rates) == {*transfer.CLASSIFIERS, "judge_under_pgd", "pgd_judge_under_pgd"}
+    assert len(rates) == len(transfer.CLASSIFIERS) + 2
 
 
 # --- weeks 3 to 5: the classifier
