@@ -1170,6 +1170,7 @@ def test_eighty_unnamed_outputs_are_cocos_and_said_so(tmp_path, capsys):
         ({"a": 5}, "a is no finite tensor"),
         ({"a": torch.tensor([0, np.nan])}, "a is no finite tensor"),
         ({"model": published_state(), "idx_to_class": {0: "a"}}, "is no tresnet_s"),
+        ({"model": published_state(), "image_size": 66}, "its image_size is 66"),
     ],
 )
 def test_other_files_are_refused_with_what_differs(tmp_path, content, words):
@@ -1251,6 +1252,7 @@ BN = nn.BatchNorm2d(3)
         (BN, lambda x: torch.relu(input=x), 1),
         (nn.Sequential(BN, nn.Dropout()), F.elu, 1),
         (nn.Identity(), nn.LeakyReLU(0.1), 1),
+        (torchvision.ops.FrozenBatchNorm2d(3), F.relu, 1),
         (nn.Identity(), F.relu, 0),
         (BN, lambda x: x.add_(1).relu(), 0),
     ],
@@ -1269,6 +1271,8 @@ def test_what_inplace_abn_could_have_replaced_is_skipped(norm, activation, place
     logits, gradient = logits_and_gradient(wrong, images)
     truth = Activated(norm, straight).eval() if places else right
     assert torch.equal(logits, right(images))
+    with torch.inference_mode():
+        assert torch.equal(logits, wrong(images))
     assert torch.allclose(gradient, logits_and_gradient(truth, images)[1], atol=1e-6)
     assert wrong.places == places
 

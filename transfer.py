@@ -90,6 +90,8 @@ def settings(argv=None):
     add("--steps", type=number(int, 1), default=800, help="of a generator; ours: 6 x N")
     add("--samples", type=number(int, 20), default=10_000, help="digits drawn per row")
     args = parser.parse_args(argv)
+    if args.limit == 1:
+        parser.error("--limit 1: a Frechet distance needs at least 2 images")
     args.variant = ["original", *args.variant]  # the others are compared with it
     return args
 
@@ -317,20 +319,15 @@ def classify(network, images):
     return acwgan.predict(network, images).argmax(1)
 
 
-def accuracy(network, images, labels):
-    """The share of images (N, 1, 28, 28) of which `network` reads the labels (N,)."""
-    return common.wilson((classify(network, images) == labels).sum(), len(labels))
-
-
 def measure_classifiers(networks, images, labels):
     """The accuracy of each classifier on test images, of the judges also under PGD."""
     rates = {}
     for name in CLASSIFIERS:
         network = getattr(networks, name)
-        rates[name] = accuracy(network, images, labels)
+        rates[name] = acwgan.accuracy(network, images, labels)
         if "judge" in name:
             adv = pgd(network, images[:500], labels[:500])
-            rates[f"{name}_under_pgd"] = accuracy(network, adv, labels[:500])
+            rates[f"{name}_under_pgd"] = acwgan.accuracy(network, adv, labels[:500])
     return rates
 
 
