@@ -268,7 +268,8 @@ class SkippedDerivative(torch.autograd.Function):
 
 def mark_normalised(_module, _inputs, output):
     """Mark the output of a batch norm, as it is now: operations in place raise its version."""
-    output.normalised_version = output._version
+    if not output.is_inference():
+        output.normalised_version = output._version
     return output
 
 
