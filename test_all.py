@@ -813,22 +813,29 @@ def test_a_damaged_archive_of_annotations_is_named(coco, server):
 
 DIGITS = "--dataset glyphs --limit 160 --batch-size 16 --epochs 2 --width 4 --samples 100"
 DIGITS += f" --device cpu --seed {SEED + 1}"
-OTHER_SETTINGS = "limit 99, epochs 1, batch-size 8, critic-steps 2, critic-lr 1.0"
-OTHER_SETTINGS += ", generator-lr 1.0, beta2 0.5, latent 20, image-size 64, width 2"
-OTHER_SETTINGS += ", average 0.5, seed 99"
+OTHER_SETTINGS = (
+    "limit 99, epochs 1, batch-size 8, critic-steps 2, critic-lr 1.0, latent 20"
+)
+OTHER_SETTINGS += (
+    ", generator-lr 1.0, beta2 0.5, image-size 64, width 2, average 0.5, seed 9"
+)
 
 
 @contextlib.contextmanager
 def quick_week_1(save_every=7):
-    """100 test digits and an untrained evaluation classifier: seconds saved."""
+    """100 test digits; the evaluation classifier is untrained, but tells images apart."""
     load_digits = common.load_digits
 
     def load_few(name, data, train=True, limit=None):
         return load_digits(name, data, train, limit if train else 100)
 
+    def train_classifier(network, *_):
+        nn.init.zeros_(network.features[-2].bias)  # it drowns the images
+        nn.init.zeros_(network.head.bias)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_digits", load_few)
-        patch.setattr(acwgan, "train_classifier", Mock())
+        patch.setattr(acwgan, "train_classifier", train_classifier)
         patch.setattr(acwgan, "LOG_EVERY", 4)
         patch.setattr(acwgan, "SAVE_EVERY", save_every)
         yield patch
@@ -900,14 +907,6 @@ def test_penalty_gradient_agrees_with_finite_differences():
     assert torch.autograd.gradcheck(penalty, weight, eps=1e-8, atol=1e-4, rtol=1e-3)
 
 
-def test_label_overwrites_the_first_ten_latent_numbers():
-    generator = acwgan.Generator(20, 2).eval()
-    latent = 100 * torch.randn(9, 20, generator=random_stream())
-    images = generator(latent, torch.arange(9))
-    latent[:, :10] = 7
-    assert torch.equal(generator(latent, torch.arange(9)), images)
-
-
 @torch.no_grad()
 def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
     """The classifier learnt from 134 of 160 images. Rounding may move a pixel by a grey level."""
@@ -924,7 +923,10 @@ def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
     requested = torch.arange(100) % 10
     assert np.array_equal(stored["labels"], requested)
     latent = torch.randn(100, 74, generator=torch.Generator().manual_seed(SEED + 1))
-    assert (generator(latent, requested) - samples).abs().max() < 1.1 / 255
+    drawn = generator(latent, requested)
+    assert (drawn - samples).abs().max() < 1.1 / 255
+    latent[:, :10] = 7  # the label overwrites these numbers
+    assert torch.equal(generator(latent, requested), drawn)
     hits = classifier(samples).argmax(1) == requested
     correct = classifier(test_images).argmax(1) == test_labels
     assert record["class_accuracy"] == common.wilson(hits.sum(), 100)
@@ -934,8 +936,8 @@ def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
     test_features = classifier.features(test_images).double()
     for name, x in {"distance": matched, "distance_real": images[134:]}.items():
         features = classifier.features(x).double()
-        truth = common.frechet_distance_torch(features, test_features).item()
-        assert record[f"frechet_{name}"] == pytest.approx(truth, rel=0.01)
+        truth = common.frechet_distance_torch(features, test_features)
+        assert record[f"frechet_{name}"] == pytest.approx(truth.item(), rel=0.01)
     ratio = record["frechet_distance"] / record["frechet_distance_real"]
     assert record["frechet_ratio"] == ratio
     page = np.array(Image.open(gan / "AC-WGAN_GP.png").convert("L"))
@@ -943,8 +945,7 @@ def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
 
 
 def test_a_training_sees_all_images_in_each_epoch_and_averages_every_step(tmp_path):
-    """Two critic steps see the same images. The average's decay rises to 0.6, and a twentieth of
-    both step sizes is left for the last of 20 steps."""
+    """Two critic steps see the same images. The average's decay rises to 0.6."""
     weights = []
     critic_step = Mock(wraps=acwgan.critic_step)
     update_average = acwgan.update_average
@@ -979,11 +980,10 @@ def test_a_training_sees_all_images_in_each_epoch_and_averages_every_step(tmp_pa
     assert [row[0] for row in rows] == ["1", "5", "9", "13", "17"]
 
 
-def test_week_1_trains_at_64_pixels_on_twelve_images_with_the_largest_seed(tmp_path):
-    flags = f"--limit 12 --batch-size 4 --image-size 64 --samples 20 --seed {2**32}"
+def test_week_1_trains_at_64_pixels_on_twelve_images(tmp_path):
     with quick_week_1():
-        record = week_1(tmp_path, f"{DIGITS} {flags}")
-    assert np.load(tmp_path / "samples.npz")["images"].shape == (20, 28, 28)
+        record = week_1(tmp_path, f"{DIGITS} --limit 12 --batch-size 4 --image-size 64")
+    assert np.load(tmp_path / "samples.npz")["images"].shape == (100, 28, 28)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(record, default=str))
 
@@ -1034,8 +1034,7 @@ def test_a_finished_training_is_reported_again_with_its_fid(gan, gan_copy):
 @pytest.mark.parametrize("setting", OTHER_SETTINGS.split(", "))
 @pytest.mark.parametrize("start", [DIGITS, "--resume"])
 def test_a_training_of_other_settings_is_refused(gan_copy, start, setting):
-    value = setting.split()[1]
-    with quick_week_1(), refused(f"not {value}", "--out", "--force", code=2):
+    with quick_week_1(), refused(f"not {setting.split()[1]}", "--out", "--force", code=2):
         week_1(gan_copy, f"{start} --{setting}")
 
 
