@@ -903,6 +903,7 @@ def test_penalty_gradient_agrees_with_finite_differences():
         torch.manual_seed(SEED)
         return acwgan.gradient_penalty(changed, real, fake)
 
+    torch.testing.assert_close(acwgan.leaky_relu(-real), F.leaky_relu(-real, 0.2))
     weight = critic.layers[1].weight
     assert torch.autograd.gradcheck(penalty, weight, eps=1e-8, atol=1e-4, rtol=1e-3)
 
