@@ -507,7 +507,6 @@ def evaluate(args, generator, classifier, images, labels, test_images, test_labe
     }
     if args.inception:
         weights = Path(args.data, common.INCEPTION)
-        common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
         generated = common.inception_features(samples, weights, images.device)
         real = common.inception_features(test_images, weights, images.device)
         results["fid"] = frechet(generated, real)
@@ -571,6 +570,9 @@ def main(argv=None):
         if n < max(args.batch_size, 12):
             raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
         checkpoint = open_checkpoint(args, dataset, n)
+        if args.inception:  # before the training, so that a failure is noticed
+            weights = Path(args.data, common.INCEPTION)
+            common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
         _, test_images, test_labels = common.load_digits(dataset, args.data, False)
         images = images.to(device)
         labels = labels.to(device)

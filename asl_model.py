@@ -313,7 +313,9 @@ class InplaceABN1012(nn.Module):
         try:
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
-            raise common.Failure(f"the network cannot be copied: {problem}", 2) from None
+            raise common.Failure(
+                f"the network cannot be copied, so use its right gradient: {problem}", 2
+            ) from None
         for module in self.network.modules():
             if (
                 type(module).__name__ == "FrozenBatchNorm2d"
