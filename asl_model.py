@@ -664,7 +664,7 @@ def train(args, device):
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
         if is_judged or step % SAVE_EVERY == 0:
-            if not loss.isfinite():
+            if not all(x.isfinite().all() for x in [*weights, *averages]):
                 raise common.Failure(f"the training diverged; lower --lr {args.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
