@@ -197,7 +197,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with refused(path, "a checkpoint of transfer; train it again"):
         common.load_checkpoint(path, "train it again", "transfer")
     torch.save({"state_dict": {}, "args": argparse.Namespace(lr=0.1)}, path)
-    with refused(path, "holds a argparse.Namespace", "state dict alone; train it again"):
+    with refused(path, "argparse.Namespace", "state dict alone; train it again"):
         common.load_checkpoint(path, "train it again")
 
 
