@@ -72,6 +72,8 @@ def run(main, interrupted="interrupted"):
 class HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
+    """Shows every flag's default, but not that a switch is off or a value None."""
+
     def _get_help_string(self, action):
         if action.default is None or action.nargs == 0:
             return action.help
@@ -85,7 +87,7 @@ def number(kind, least, most=1_000_000_000):
         value = kind(text)
         if least <= value <= most:
             return value
-        raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
 
     return number
 
@@ -99,9 +101,7 @@ def parser(description, out, datasets, dataset_help, limit_help):
     add("--out", type=Path, default=out, help="folder that this run writes to")
     add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
     add("--limit", type=number(int, 1), metavar="N", help=limit_help)
-    add(
-        "--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers"
-    )
+    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of random numbers")
     add("--device", choices=devices, default="auto", help="where networks run")
     add("--force", action="store_true", help="overwrite other settings' files")
     return p
@@ -182,7 +182,7 @@ def load_checkpoint(path, advice, kind=None):
         blocked = re.search(r"GLOBAL (\S+)", str(problem))
         reason = "is absent, damaged, or no torch file"
         if blocked:
-            reason = f"holds a {blocked[1]}, an unsafe type; save its state dict alone"
+            reason = f"holds {blocked[1]}, an unsafe type; save its state dict alone"
         raise Failure(f"{path} {reason}; {advice}") from None
     if not isinstance(content, dict) or kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
