@@ -216,10 +216,11 @@ def cell(value):
 
 
 def print_table(head, rows):
-    """Print a table of `cell` texts, its columns aligned to the left."""
+    """Print a table whose first column is aligned to the left, the others to the right."""
     cells = np.array([[cell(value) for value in row] for row in [head, *rows]])
     widths = np.strings.str_len(cells).max(0)
-    for row in np.strings.ljust(cells, widths):
+    cells[:, 0] = np.strings.ljust(cells[:, 0], widths[0])
+    for row in np.strings.rjust(cells, widths):
         print("  ".join(row))
 
 

@@ -205,9 +205,9 @@ def test_a_table_is_aligned_and_shows_rates_with_wilsons_interval(capsys):
     rows = [["pgd", common.wilson(5, 10)], ["none", common.wilson(0, 0)]]
     common.print_table(["l2", common.wilson(np.int64(0), torch.tensor(10))], rows)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "l2    0.0% [0.0%, 27.8%]  "  # z^2 / (n + z^2), where z is 1.96
+    assert lines[0] == "l2      0.0% [0.0%, 27.8%]"  # z^2 / (n + z^2), where z is 1.96
     assert lines[1] == "pgd   50.0% [23.7%, 76.3%]"
-    assert lines[2].rstrip() == "none  -"
+    assert lines[2] == "none                     -"
 
 
 def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch):
