@@ -71,7 +71,12 @@ def settings(argv=None):
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
     add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
     add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
-    add("--samples", type=number(int, 10), default=10_000, help="images to measure")
+    add(
+        "--samples",
+        type=number(int, 10),
+        default=10_000,
+        help="images to draw and measure",
+    )
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
     add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
     add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
@@ -80,8 +85,8 @@ def settings(argv=None):
         parser.error("--digit needs --sample N")
     if args.resume or args.sample:
         path = args.out / "checkpoint.pt"
-        if not path.exists():
-            parser.error(f"--resume and --sample need {path}")
+        if args.force or not path.exists():
+            parser.error(f"--resume and --sample need {path}, and no --force")
         parser.set_defaults(**load_checkpoint(path)["settings"])
         args = parser.parse_args(argv)
     return args
@@ -244,6 +249,12 @@ def open_checkpoint(args, dataset, n):
     if path.exists() and not args.force:
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
+        if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
+            raise common.Failure(
+                f"{path} is an unfinished training; continue it with --resume, "
+                "or start anew with --force",
+                2,
+            )
         return checkpoint
     # --resume takes over these values too, unless they are given anew
     for name in ("data", "device", "samples", "inception"):
@@ -541,9 +552,11 @@ def figure(generated, real):
 
 def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
-    checkpoint = load_checkpoint(args.out / "checkpoint.pt")
-    settings = checkpoint["settings"]
-    generator = Generator(settings["latent"], settings["width"], settings["image_size"])
+    path = args.out / "checkpoint.pt"
+    checkpoint = load_checkpoint(path)
+    shape = {"latent": args.latent, "width": args.width, "image_size": args.image_size}
+    common.require_same(path, checkpoint["settings"], shape)
+    generator = Generator(**shape)
     generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:

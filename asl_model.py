@@ -103,7 +103,9 @@ def settings(argv=None):
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
-        p.set_defaults(arch=arch, **ARCHITECTURES[arch]._asdict())
+        row = ARCHITECTURES[arch]
+        p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
+        p.set_defaults(batch_size=row.batch_size, lr=row.lr)
     args = p.parse_args(argv)
     if [bool(args.image), args.evaluate, args.train].count(True) != 1:
         p.error("one of --image, --evaluate, --train and --resume is required")
@@ -309,7 +311,11 @@ class InplaceABN1012(nn.Module):
     def __init__(self, model, first=None):
         super().__init__()
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise common.Failure("pass the network that was scripted or traced", 2)
+            raise common.Failure(
+                "a scripted or traced network hides its activations; "
+                "pass the network that it was made from",
+                2,
+            )
         try:
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
@@ -331,7 +337,9 @@ class InplaceABN1012(nn.Module):
             logits = self.network(images.clone())
         is_checked = self.places is not None
         if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
-            raise common.Failure("the logits change by it; use the right gradient")
+            raise common.Failure(
+                "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
+            )
         self.places = mode.places
         return logits
 
@@ -364,9 +372,9 @@ def state_dict_of(content, path="the checkpoint"):
     for name, x in content.items():
         if not isinstance(x, torch.Tensor) or not x.isfinite().all():
             raise common.Failure(
-                f"{path}: {name} is no finite tensor; use other --weights"
+                f"{path}: {name} is not a finite tensor; use other --weights"
             )
-        state[name.removeprefix("module.")] = x
+        state[str(name).removeprefix("module.")] = x
     return state
 
 
@@ -405,7 +413,9 @@ def load_asl(path, arch=None, folded=True):
         names = [str(i) for i in range(n)]
         if content.get("idx_to_class"):
             table = {int(i): name for i, name in content["idx_to_class"].items()}
-            names = [table[i] for i in range(n)]
+            names = [str(table[i]) for i in range(n)]
+            if len(set(names)) < n:
+                raise ValueError("two of its classes have the same name")
         elif n == 80:
             print(
                 f"{path} has no class names; its 80 outputs are taken for COCO's, in order"
@@ -415,9 +425,9 @@ def load_asl(path, arch=None, folded=True):
         network.image_size = content.get("image_size", network.image_size)
         if network.image_size not in range(32, 1025, 4):
             raise ValueError(f"its image_size is {network.image_size}")
-    except (AttributeError, KeyError, RuntimeError, ValueError) as problem:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise common.Failure(
-            f"{path} is no {arch or 'TResNet or ResNet'}; use other --weights: {problem!r}"
+            f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights: {problem}"
         ) from None
     return fold(network) if folded else network.eval(), names
 
@@ -623,6 +633,12 @@ def train(args, device):
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
         raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
+    if 0 < done < total and not args.resume:
+        raise common.Failure(
+            f"{path} is an unfinished training; continue it with --resume, "
+            "or start anew with --force",
+            2,
+        )
     torch.manual_seed(args.seed)
     network = new_network(args.arch, len(names))
     if done == 0:
@@ -642,7 +658,10 @@ def train(args, device):
     checkpoint.update(norm="batch norm", image_size=args.image_size)
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
     batches = training_batches(args, images, labels, done)
-    bar = common.progress(batches, "training, in steps", total, initial=done)
+    n = args.batch_size
+    bar = common.progress(
+        batches, "training, in images", total, initial=done, unit_scale=n
+    )
     for step, (batch, targets) in enumerate(bar, done + 1):
         # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
         share = step / (total + 1)
@@ -657,9 +676,9 @@ def train(args, device):
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
         is_judged = step * EVALUATIONS % total < EVALUATIONS
         if is_judged:
-            logits = predict(average, held_out, device, args.batch_size)
+            logits = predict(average, held_out, device, n, quiet=True)
             mean_ap = average_precision(logits, truth.numpy()).mean().item()
-            row = {"step": step, "loss": loss.item() / args.batch_size, "mAP": mean_ap}
+            row = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
             history.append(row)
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
@@ -687,19 +706,26 @@ def scenes_classifier(data_dir, device):
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         flags = ["--train", "--dataset=scenes", f"--data={data_dir}", f"--out={out}"]
+        args = settings(flags)
+        args.resume = True  # where one was stopped
         with common.hold(out):
-            train(settings(flags), device)
+            train(args, device)
     network, names = load_asl(path)
     return network.to(device), names, path
 
 
 @torch.no_grad()
-def predict(network, images, device, batch_size=32):
-    """The logits (N, L), a float32 array, of images (a tensor or `common.Photos`)."""
+def predict(network, images, device, batch_size=32, quiet=False):
+    """The logits (N, L), a float32 array, of images; with a bar, unless `quiet`."""
     logits = []
     rows = torch.arange(len(images)).split(batch_size)
-    bar = common.progress(read_batches(images, rows), "measuring, in steps", len(rows))
-    for batch in bar:
+    for batch in common.progress(
+        read_batches(images, rows),
+        "measuring, in images",
+        len(rows),
+        unit_scale=batch_size,
+        disable=quiet,
+    ):
         logits.append(network(batch.to(device)).float().cpu())
     return torch.cat(logits).numpy()
 
@@ -769,10 +795,13 @@ def main(argv=None):
             images, labels, _, facts["images"] = load_data(
                 args.dataset, args.data, size, part, names, args.limit, args.seed
             )
+            facts.setdefault("dataset_size", len(labels))
             logits = predict(network, images, device, args.batch_size)
             numbers = measure(logits, labels.numpy(), args.threshold)
         record = common.write_results(args, {part: numbers}, weights=str(path), **facts)
     common.print_table([part, path], numbers.items())
+    if args.image and not numbers:
+        print(f"no label has a probability above {args.threshold}")
     return record
 
 

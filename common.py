@@ -64,7 +64,7 @@ def run(main, interrupted="interrupted"):
     except (MemoryError, RuntimeError) as problem:
         if not re.search(OUT_OF_MEMORY, repr(problem)):
             raise
-        line = "not enough memory; lower --batch-size, or use --device cpu"
+        line = "not enough memory; use smaller batches, or --device cpu"
     print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
@@ -101,7 +101,9 @@ def parser(description, out, datasets, dataset_help, limit_help):
     add("--out", type=Path, default=out, help="folder that this run writes to")
     add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
     add("--limit", type=number(int, 1), metavar="N", help=limit_help)
-    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of random numbers")
+    add(
+        "--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers"
+    )
     add("--device", choices=devices, default="auto", help="where networks run")
     add("--force", action="store_true", help="overwrite other settings' files")
     return p
@@ -285,12 +287,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if means.shape != sigmas.shape[:2]:
         raise ValueError("a mean must be (D,), and its covariance (D, D)")
     values, vectors = np.linalg.eigh(sigmas)
-    values[values < 1e-12 * values.max(1, keepdims=True)] = 0  # what rounding left of 0
-    if values.all():
+    if (values[:, 0] > 1e-12 * values[:, -1]).all():
         cross = np.trace(sqrtm(sigmas[0] @ sigmas[1])).real
     else:
         # sqrtm is slow and inexact where a covariance is singular, as it is with fewer samples
         # than D; with S = F F^T, the trace is the nuclear norm of F1^T F2
+        rounding = values[:, -1:] * len(mu1) * np.finfo(float).eps
+        values[values < rounding] = 0
         factors = vectors * values[:, None] ** 0.5
         cross = np.linalg.norm(factors[0].T @ factors[1], "nuc")
     shift = means[0] - means[1]
@@ -302,15 +305,16 @@ def frechet_distance_torch(x, y):
 
     With centred features A, B over sqrt(n - 1), tr sqrt(S1 S2) is the nuclear norm of A B^T (N, M):
     exact also when N < D. Its gradient is the polar factor U V^T (Watson 1992); autograd through
-    an SVD would divide by differences of singular values. ValueError for NaN, or N or M below 2.
+    an SVD would divide by differences of singular values. ValueError for other shapes or NaN.
     """
+    fit = x.ndim == 2 and x.shape[1:] == y.shape[1:] and min(len(x), len(y)) > 1
+    if not fit or not torch.cat([x, y]).isfinite().all():
+        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     features = x.to(exact)
     others = y.detach().to(exact)
     a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
     b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
-    if not torch.cat([a, b]).isfinite().all():
-        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     with torch.no_grad():
         q, ra = torch.linalg.qr(a)  # QR shrinks A B^T to (D, D) at most
         rb = torch.linalg.qr(b).R
@@ -339,8 +343,9 @@ def inception_features(images, weights=None, device="cpu"):
     INCEPTION, downloaded to data/ if None. Raises Failure for another network's weights, or NaN.
     """
     images = torch.as_tensor(images)
-    if not 0 <= images.min() <= images.max() <= 1:
-        raise ValueError("images must be in [0, 1]")
+    fit = images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
+    if not (fit and 0 <= images.min() <= images.max() <= 1):
+        raise ValueError("images must be (N, 1 or 3, H, W), and in [0, 1]")
     if weights is None:
         weights = download(INCEPTION_URL, Path("data", INCEPTION), INCEPTION[-12:-4])
     state = load_checkpoint(weights, f"put {INCEPTION_URL} there")
@@ -376,9 +381,11 @@ def load_mnist(data_dir, train=True):
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
     try:
         digits = MNIST(data_dir, train, download=True)
+        if digits.data.shape != (len(digits.targets), 28, 28) or digits.targets.max() > 9:
+            raise ValueError("they are not digits of 28 x 28 pixels with a label each")
     except Exception as problem:  # torchvision raises many kinds
         raise Failure(
-            f"{data_dir}/MNIST/raw is absent or damaged ({problem!r}); "
+            f"{data_dir}/MNIST/raw is absent or damaged ({problem}); "
             "delete it, or use --dataset glyphs"
         ) from None
     return digits.data[:, None] / 255, digits.targets
@@ -478,11 +485,14 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         for note in content["annotations"]:
             row_of[note["image_id"]][classes.index(note["category_id"])] = 1
         # a name's folders are dropped: no photo may be written elsewhere
-        paths = [folder / split / Path(file).name for file in files.values()][:limit]
+        paths = [folder / split / Path(file).name for file in files.values()]
+        if not 0 < len(set(paths)) == len(content["images"]):
+            raise ValueError("it has no photo, or one twice")
     except Failure:
         raise
     except Exception as problem:  # of as many kinds as there are damages
-        raise Failure(f"{path} is not COCO's ({problem!r}); delete it") from None
+        raise Failure(f"{path} is not a file of COCO ({problem!r}); delete it") from None
+    paths = paths[:limit]
     urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
     with ThreadPoolExecutor(8) as pool:
         list(progress(pool.map(download, urls, paths), "photos", len(paths)))

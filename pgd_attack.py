@@ -694,21 +694,23 @@ def own_network(spec):
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
         images[2] = 1
-        with torch.no_grad():
-            logits = network(images)
+        with torch.enable_grad():
+            logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
         text = "FUNCTION() of FILE.py must return (network, class names, image size)"
         raise common.Failure(f"--model {spec}: {problem!r}; {text}") from None
+    reason = ""
     if shape != (3, len(names)):
-        raise common.Failure(
-            f"--model {spec}: its output for three images is {shape}, "
-            f"for {len(names)} class names"
-        )
-    if logits.min() >= 0 and logits.max() <= 1:
-        raise common.Failure(
-            f"--model {spec}: every output is in [0, 1]; return logits, not probabilities"
-        )
+        reason = f"its output for three images is {shape}, for {len(names)} class names"
+    elif not logits.isfinite().all():
+        reason = "its output is not finite"
+    elif not logits.requires_grad:
+        reason = "no gradient reaches the image; remove no_grad or detach"
+    elif logits.min() >= 0 and logits.max() <= 1:
+        reason = "every output is in [0, 1]; return logits, not probabilities"
+    if reason:
+        raise common.Failure(f"--model {spec}: {reason}")
     network.image_size = size
     return network, names
 
@@ -1097,7 +1099,8 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
         places = [networks[name].places for name in record["cosines"]]
-        ratios = [record["rows"][row.name]["labels_ratio"]["rate"] for row in rows]
+        before = max(1, numbers["labels_before"])
+        ratios = [record["rows"][row.name]["labels_after"] / before for row in rows]
         cosines = list(record["cosines"].values())
         pictures["dose"] = plot_dose(places, cosines, ratios[:-1], ratios[-1])
     if args.image:
@@ -1151,7 +1154,9 @@ def main(argv=None):
         subject = load(args, device)
         if world > 1 and rank == 0:
             dist.barrier()
-        network = subject.network.eval().requires_grad_(False).to(device)
+        network = subject.network.eval().to(device)
+        for weight in network.parameters():
+            weight.requires_grad_(False)
         rows = rows_of(args)
         networks = {"clean": network}
         for row in rows:

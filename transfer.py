@@ -15,6 +15,7 @@ Writes generator-<row>.pt, samples-<row>.npz, figures, results.json and the clas
 import copy
 import functools
 import hashlib
+import sys
 from collections import deque, namedtuple
 from pathlib import Path
 from typing import NamedTuple
@@ -204,6 +205,8 @@ def load_week_1(path, dataset, device=None):
     advice = f"train one with: python acwgan.py --out {path.parent}"
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
     acwgan.require_finite(path, checkpoint, advice)
+    if checkpoint["steps"] < checkpoint["total_steps"]:
+        print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     week_1 = checkpoint["settings"]
     if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
         problem = f"does not draw 28 x 28 pixels of --dataset {dataset}"
@@ -272,7 +275,8 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     low = torch.zeros_like(smallest)
     high = smallest.clone()
     c = torch.ones_like(smallest)
-    for _ in common.progress(range(searches), "Carlini & Wagner", unit="search"):
+    bar = common.progress(desc="Carlini & Wagner, in steps", total=searches * steps)
+    for _ in range(searches):
         free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
         adam = Adam([free], lr)
         succeeded = torch.zeros_like(wanted, dtype=torch.bool)
@@ -289,9 +293,11 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
             smallest[better] = size.detach()[better]
             succeeded |= success
             adam.step()
+            bar.update()
         low = torch.where(succeeded, low, c)
         high = torch.where(succeeded, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
+    bar.close()
     return best
 
 
@@ -327,7 +333,11 @@ def measure_classifiers(networks, images, labels):
         rates[name] = acwgan.accuracy(network, images, labels)
         if "judge" in name:
             adv = pgd(network, images[:500], labels[:500])
-            rates[f"{name}_under_pgd"] = acwgan.accuracy(network, adv, labels[:500])
+            rate = acwgan.accuracy(network, adv, labels[:500])
+            rates[f"{name}_under_pgd"] = rate
+            if rate["rate"] < 0.5:
+                text = f"WARNING: {name} is right on only {rate['rate']:.0%} under PGD"
+                print(f"{text}; train it on more digits (--limit)", file=sys.stderr)
     return rates
 
 
@@ -414,7 +424,7 @@ def train(name, args, networks, real_images, real_labels):
                 value = loss_term(term, networks, bank, images, latent, labels, wanted)
                 loss = loss + weight * value
         if not loss.isfinite():
-            raise common.Failure(f"{name}: the loss is no number; lower its lr")
+            raise common.Failure(f"{name}: the loss is not finite; lower lr in VARIANTS")
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -424,13 +434,13 @@ def train(name, args, networks, real_images, real_labels):
 def load_generator(name, args, made_with, original):
     """A row's finished generator, or None; Failure if it was made with other settings."""
     path = args.out / f"generator-{name}.pt"
-    if not path.exists():
+    if not path.exists() or (args.force and name in args.variant):
         return None
     advice = "delete it to train again"
     checkpoint = common.load_checkpoint(path, advice, "transfer")
     acwgan.require_finite(path, checkpoint, advice)
-    if args.force and (name in args.variant or checkpoint["settings"] != made_with):
-        return None  # a row that is not trained again then is left out of the report
+    if args.force and checkpoint["settings"] != made_with:
+        return None  # the report leaves it out
     common.require_same(path, checkpoint["settings"], made_with)
     generator = new_generator(VARIANTS[name], original)
     generator.load_state_dict(checkpoint["generator"])
