@@ -427,7 +427,8 @@ def load_asl(path, arch=None, folded=True):
             raise ValueError(f"its image_size is {network.image_size}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise common.Failure(
-            f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights: {problem}"
+            f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights "
+            f"({type(problem).__name__}: {problem})"
         ) from None
     return fold(network) if folded else network.eval(), names
 

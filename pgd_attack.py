@@ -21,6 +21,7 @@ Writes into --out: results.json, adversarial.npz and figures (PNG).
 
 import argparse
 import contextlib
+import copy
 import datetime
 import difflib
 import json
@@ -312,6 +313,9 @@ def gradient_error(model, images, directions=4, step=1e-9):
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
     mode and is restored. Returns a float; NaN if the output is random, so that nothing is known.
     """
+    if images.device.type == "mps":  # Apple's GPUs have no float64
+        model = copy.deepcopy(model).cpu()
+        images = images.cpu()
     tensors = []
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
@@ -586,12 +590,9 @@ def attack_top_class(network, images, logits, row, task):
 
 # --- counting
 
-LOGGED_COUNTS = (
-    "target_actual",
-    "target_before",
-    "target_after",
-)  # as week 5 printed them
-LOGGED_COUNTS += ("labels_actual", "labels_before", "labels_after")
+# as the log's week 5 printed them
+TARGET_COUNTS = ("target_actual", "target_before", "target_after")
+LABEL_COUNTS = ("labels_actual", "labels_before", "labels_after")
 
 
 def rate_over_photos(hits, totals):
@@ -620,7 +621,7 @@ def count_labels(logits_before, logits_after, truth, task):
     before = is_present(logits_before, task.threshold)
     after = is_present(logits_after, task.threshold)
     wanted = wanted_labels(logits_before, task).bool()
-    numbers = dict.fromkeys(LOGGED_COUNTS)
+    numbers = dict.fromkeys(TARGET_COUNTS + LABEL_COUNTS)
     if truth is not None:
         numbers["target_actual"] = int(truth[:, target].sum())
         numbers["labels_actual"] = int(truth.sum())
@@ -694,6 +695,8 @@ def own_network(spec):
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
         images[2] = 1
+        for weight in network.parameters():
+            weight.requires_grad_(False)
         with torch.enable_grad():
             logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
@@ -743,7 +746,7 @@ def torchvision_network(name, path, data_dir):
         torch.hub.set_dir(hub)
     expected = weights.transforms()
     normalise = transforms.Normalize(expected.mean, expected.std)
-    return nn.Sequential(normalise, network), weights
+    return nn.Sequential(normalise, network).requires_grad_(False), weights
 
 
 def load_imagenet(data_dir, class_names, limit=None):
@@ -928,20 +931,22 @@ def plot_dose(places, cosines, ratios, noise):
     xs = np.linspace(50, 580, len(places))
     for x, place in zip(xs, places, strict=True):
         ink.text((x, 356), str(place), "black", anchor="mt")
-    scale = 260 / max(1, *ratios)  # pixels for a ratio of 1
-    for level in range(int(260 / scale) + 1):
-        y = 350 - level * scale
+    low = math.floor(min(0, *cosines))
+    high = math.ceil(max(1, noise, *ratios))
+    scale = 260 / (high - low)  # pixels for a ratio of 1
+    for level in range(low, high + 1):
+        y = 350 - scale * (level - low)
         ink.line((50, y, 580, y), "lightgrey")
         ink.text((44, y), str(level), "black", anchor="rm")
     for row, (colour, (name, values)) in enumerate(curves.items()):
         ink.text((50, 8 + 18 * row), name, colour)
-        ys = 350 - scale * np.array(values)
+        ys = 350 - scale * (np.array(values) - low)
         ink.line(list(zip(xs, ys, strict=True)), colour, 3)
     return page
 
 
 def gradient_cosines(networks, images, task):
-    """{row: mean cosine of its gradient with the right one}, of week 5's loss at the images."""
+    """{row: cosines (N,) of its gradients with the right ones}, of week 5's loss at N images."""
     wanted = wanted_labels(logits_of(networks["clean"], images), task)
     gradients = {}
     for name, network in networks.items():
@@ -952,7 +957,7 @@ def gradient_cosines(networks, images, task):
     right = gradients.pop("clean")
     cosines = {}
     for name, gradient in gradients.items():
-        cosines[name] = F.cosine_similarity(right, gradient).mean().item()
+        cosines[name] = F.cosine_similarity(right, gradient).cpu()
     return cosines
 
 
@@ -997,7 +1002,7 @@ def print_report(rows, numbers, task):
         first = rows[0].name
         last = rows[-1].name
         lines = []
-        for key in LOGGED_COUNTS:
+        for key in TARGET_COUNTS + LABEL_COUNTS:
             lines.append([key, numbers[first][key], numbers[last][key]])
         common.print_table([f"target: {task.names[task.target]}", first, last], lines)
         print()
@@ -1014,7 +1019,7 @@ def print_report(rows, numbers, task):
 def print_photo(network, outcomes, task, device):
     """Print the labels of --image before and after each attack, from its 8-bit pixels."""
     before = outcomes["clean"].logits
-    for name, outcome in outcomes.items():
+    for name, outcome in outcomes.items():  # the last one is the corrected attack
         pixels = outcome.pixels.to(device).float() / 255
         after = logits_of(network, pixels).cpu()
         words = [text for text, _ in captions(before[0], after[0], task)]
@@ -1034,6 +1039,7 @@ class Outcome(NamedTuple):
     """What became of the N images; on the CPU."""
 
     logits: torch.Tensor  # (N, L)
+    cosines: torch.Tensor  # (N,), of --dose
     pixels: torch.Tensor  # of the first K images, uint8 (K, C, S, S)
 
     def keep(self, batch, images, logits):
@@ -1098,10 +1104,13 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     shown = dict.fromkeys([row.name for row in (*rows[:3], rows[-1])])
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
-        places = [networks[name].places for name in record["cosines"]]
-        before = max(1, numbers["labels_before"])
-        ratios = [record["rows"][row.name]["labels_after"] / before for row in rows]
+        record["cosines"] = {}
+        for row in rows[:-1]:
+            record["cosines"][row.name] = outcomes[row.name].cosines.mean().item()
+        places = [networks[row.name].places for row in rows[:-1]]
         cosines = list(record["cosines"].values())
+        labels = [record["rows"][row.name]["labels_after"] for row in rows]
+        ratios = np.array(labels) / max(1, numbers["labels_before"])
         pictures["dose"] = plot_dose(places, cosines, ratios[:-1], ratios[-1])
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
@@ -1155,8 +1164,6 @@ def main(argv=None):
         if world > 1 and rank == 0:
             dist.barrier()
         network = subject.network.eval().to(device)
-        for weight in network.parameters():
-            weight.requires_grad_(False)
         rows = rows_of(args)
         networks = {"clean": network}
         for row in rows:
@@ -1172,7 +1179,8 @@ def main(argv=None):
         for name in networks:
             logits = torch.zeros(total, len(subject.task.names))
             shape = (min(max(args.save, 1), total), *subject.images[0].shape)
-            outcomes[name] = Outcome(logits, torch.zeros(shape, dtype=torch.uint8))
+            pixels = torch.zeros(shape, dtype=torch.uint8)
+            outcomes[name] = Outcome(logits, torch.zeros(total), pixels)
 
         batches = torch.arange(total).split(args.batch_size)[rank::world]
         batches = [batch.tolist() for batch in batches]
@@ -1186,8 +1194,10 @@ def main(argv=None):
             images = images.to(device)
             before = logits_of(network, images)
             outcomes["clean"].keep(batch, images, before)
-            if args.dose and batch[0] == 0:
-                record["cosines"] = gradient_cosines(networks, images, subject.task)
+            if args.dose:
+                cosines = gradient_cosines(networks, images, subject.task)
+                for name in cosines:
+                    outcomes[name].cosines[batch] = cosines[name]
             for number, row in enumerate(rows):
                 torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
                 attacked = networks[row.name]
@@ -1197,8 +1207,8 @@ def main(argv=None):
         bar.close()
         if world > 1:
             for outcome in outcomes.values():
-                dist.all_reduce(outcome.logits)  # other processes' images are zeros here
-                dist.all_reduce(outcome.pixels)
+                for tensor in outcome:  # other processes' images are zeros here
+                    dist.all_reduce(tensor)
         if rank > 0:
             return None
         return report(args, device, world, subject, networks, rows, outcomes, record)
