@@ -49,7 +49,6 @@ class Failure(Exception):
 def run(main, interrupted="interrupted"):
     """Run `main()` as a script: an error ends it in one line on stderr and an exit code."""
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every letter
-    sys.stderr.reconfigure(errors="replace")
     code = 1
     try:
         return main()
@@ -195,8 +194,11 @@ def require_same(path, old, new):
     """Raise Failure if `path` was made with `old` settings that differ from the `new` ones."""
     for name, value in new.items():
         if old.get(name) != value:
-            reason = f"was made with {name} {old.get(name)}, not {value}"
-            raise Failure(f"{path} {reason}; choose another --out, or add --force", 2)
+            raise Failure(
+                f"{path} was made with {name} {old.get(name)}, not {value}; "
+                "choose another --out, or add --force",
+                2,
+            )
 
 
 def wilson(hits, n):
