@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
 APPROACH_1 = {"critic": 1, "auxiliary": 1, "adversarial": 1}  # alpha, beta, gamma
 SCRATCH = Variant("untrained", APPROACH_1, lr=2e-3, target="random_target", wanted=7)
-OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.16}
+OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.2}
 VARIANTS = {
     "original": Variant("original", {}, rounds=0),
     # approach 1 as logged: nobody loaded the target's weights; then the critic goes on learning
