@@ -963,7 +963,7 @@ def test_ours_warms_up_falls_and_weighs_the_change_ever_more(networks, monkeypat
     expected = []
     for i in range(12):
         expected.append(2e-3 * min(1, (i + 1) / 6) * (1 - i / 12))
-        expected.append(0.16 * min(1, i / (0.7 * 12)))
+        expected.append(0.2 * min(1, i / (0.7 * 12)))
     assert schedule == pytest.approx(expected)
 
 
