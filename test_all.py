@@ -815,9 +815,9 @@ def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, 
     assert max(map(len, lines)) <= 100
     assert "glyphs" in lines[1]
     page = np.array(Image.open(transferred["settings"]["out"] / "closest.png"))
-    assert len(page) == 74 + 86 * 5
-    assert (page[72:, 188:192] == 255).all(), "a name runs into the digits"
-    assert (page[72:, :188] < 128).any(), "there are no names"
+    assert len(page) == 42 + 86 * 5
+    assert (page[40:, 188:192] == 255).all(), "a name runs into the digits"
+    assert (page[40:, :188] < 128).any(), "there are no names"
 
 
 def test_force_trains_a_finished_row_again_and_no_other(transferred, copied, monkeypatch):

@@ -477,16 +477,21 @@ def measure(images, original, labels, variant, networks):
     return row, {"target": wanted, "predicted": predicted}
 
 
-APPROACH_2 = ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"]
-CLOSEST = ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"]
-PAGES = {
-    "synthetic-adversarial-framework": ["original", "scratch", "scratch-live"],
-    "synthetic-adversarial-framework-with-fid": APPROACH_2,
-    "closest": CLOSEST,
+NEXT = "The digits drawn are 0 to 9; the target classifier should take them for 1, 2, ..., 9, 0."
+PAGES = {  # what each says on top, and its lines
+    "synthetic-adversarial-framework": (
+        "Approach 1. The digits asked for are 0 to 9; an untrained classifier should say 7.",
+        ["original", "scratch", "scratch-live"],
+    ),
+    "synthetic-adversarial-framework-with-fid": (
+        f"Approach 2, and ours. {NEXT}",
+        ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"],
+    ),
+    "closest": (
+        f"{NEXT} Grey: no change.",
+        ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"],
+    ),
 }
-CAPTION = """\
-The digits asked for are 0 to 9. The target classifier should take them for 1, 2, ..., 9, 0;
-an untrained one should take those of scratch and scratch-live for 7. Grey: no change."""
 
 
 def write_figures(out, drawn):
@@ -496,16 +501,16 @@ def write_figures(out, drawn):
         lines[name] = images[:10]
         change = images[:10] - lines["original"]
         lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
-    for title, names in PAGES.items():
+    for title, (caption, names) in PAGES.items():
         names = [name for name in names if name in lines]
         digits = acwgan.grid(torch.cat([lines[name] for name in names]), 10)
-        page = Image.new("RGB", (1060, digits.height + 72), "white")
-        page.paste(digits, (192, 72))
+        page = Image.new("RGB", (1060, digits.height + 40), "white")
+        page.paste(digits, (192, 40))
         ink = ImageDraw.Draw(page)
         ink.font = ImageFont.load_default(17)
-        ink.text((8, 8), CAPTION, "black")
+        ink.text((8, 8), caption, "black")
         for i, name in enumerate(names):
-            ink.text((8, 116 + 86 * i), name, "black", anchor="lm")
+            ink.text((8, 84 + 86 * i), name, "black", anchor="lm")
         with common.whole_file(out / f"{title}.png") as file:
             page.save(file, "png")
 
