@@ -628,9 +628,9 @@ def train(args, device):
     checkpoint = training_checkpoint(path, args)
     done = checkpoint["steps"]
     source = {"limit": args.limit, "seed": args.seed}
-    place = (args.dataset, args.data, args.image_size)
-    images, labels, names, _ = load_data(*place, "train", **source)
-    held_out, truth = load_data(*place, HELD_OUT[args.dataset], **source)[:2]
+    source.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
+    images, labels, names, _ = load_data(split="train", **source)
+    held_out, truth = load_data(split=HELD_OUT[args.dataset], **source)[:2]
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
         raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)

@@ -94,7 +94,7 @@ def flags():
     mode.add_argument("--week", type=int, choices=(3, 4, 5), help=text)
     text = "attack with eps from 0.25/255 to 16/255, beside two controls"
     mode.add_argument("--sweep", action="store_true", help=text)
-    text = "run week 5's attack with ever more activations' derivatives skipped"
+    text = "run week 5's attack, skipping progressively more activation derivatives"
     mode.add_argument("--dose", action="store_true", help=text)
     add("--image", type=Path, metavar="FILE", help="attack this photo")
     text = "asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 digits)"
@@ -112,9 +112,11 @@ def flags():
     add("--loss", choices=LOSSES, help="loss of the attack (margin)")
     text = "probability above which a label is present"
     add("--threshold", type=common.number(float, 0.001, 0.999), default=0.5, help=text)
-    text = "largest change of a pixel, of 1 (8/255; digits 0.3; scenes 0.1)"
+    text = (
+        "largest change of a pixel, on the [0, 1] scale (8/255; digits 0.3; scenes 0.1)"
+    )
     add("--eps", type=fraction, help=text)
-    add("--alpha", type=fraction, help="step size, of 1 (2/255)")
+    add("--alpha", type=fraction, help="step size, on the same scale (2/255)")
     add("--steps", type=common.number(int, 1), help="most steps per image (40)")
     add("--restarts", type=count, help="further tries of margin (2)")
     text = "images whose pixels adversarial.npz holds"
@@ -569,8 +571,16 @@ def attack_top_class(network, images, logits, row, task):
             others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
             return logits[:, task.target] - others > LEAD
 
-        sizes = (row.eps, row.alpha, row.steps)
-        return pgd(network, images, targets, loss, *sizes, early_stop=leads)
+        return pgd(
+            network,
+            images,
+            targets,
+            loss,
+            eps=row.eps,
+            alpha=row.alpha,
+            steps=row.steps,
+            early_stop=leads,
+        )
     wanted = F.one_hot(targets, logits.shape[1]).float()
     if row.loss == "raw-logits":
         wanted = logits.clone()  # the log's fault: logits where 0 and 1 belong
@@ -1019,6 +1029,7 @@ def print_report(rows, numbers, task):
 def print_photo(network, outcomes, task, device):
     """Print the labels of --image before and after each attack, from its 8-bit pixels."""
     before = outcomes["clean"].logits
+    after = before
     for name, outcome in outcomes.items():  # the last one is the corrected attack
         pixels = outcome.pixels.to(device).float() / 255
         after = logits_of(network, pixels).cpu()
