@@ -48,8 +48,8 @@ ARCHITECTURES = {
     "tresnet_m": Architecture(224, 60, 16, 1e-3, 2048, (3, 4, 11, 3)),
     "tresnet_l": Architecture(448, 60, 16, 1e-3, 2432, (4, 5, 18, 3)),
     "tresnet_xl": Architecture(640, 60, 16, 1e-3, 2656, (4, 5, 24, 3)),
-    "resnet18": Architecture(128, 3, 64, 2e-4, 512),
-    "resnet50": Architecture(128, 3, 64, 2e-4, 2048),
+    "resnet18": Architecture(128, 2, 64, 1e-4, 512),
+    "resnet50": Architecture(128, 2, 64, 1e-4, 2048),
 }
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 OUT = Path("runs/asl_model")
@@ -59,6 +59,7 @@ HELD_OUT_EVERY = 20  # photos of train2017
 HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
+HEAD_LR = 10  # times --lr, while a network learns its last layer alone
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
 # what a training depends on
@@ -74,7 +75,8 @@ def settings(argv=None):
     p.epilog = """defaults that depend on the network and the data:
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
-  resnet18, resnet50  --image-size 128 --epochs 3 --batch-size 64 --lr 2e-4
+  resnet18, resnet50  --image-size 128 --epochs 2 --batch-size 64 --lr 1e-4; they learn the last
+                      layer alone in the first epoch
   --train             --arch tresnet_m, on scenes tresnet_s; --weights of a resnet ImageNet's
   else                --weights the newest in runs/asl_model, else the published ones; their size"""
     add = p.add_argument
@@ -571,20 +573,23 @@ def augment(images, seeds):
 
 
 def starting_network(args, names):
-    """The network, for the classes `names`, that a training starts from."""
+    """(The network, for the classes `names`, that a training starts from; how many epochs it is to
+    learn its last layer alone, so that the new one does not undo what the others have learnt).
+    """
     path = args.weights
     if path is None and ARCHITECTURES[args.arch].blocks:
-        return new_network(args.arch, len(names))
+        return new_network(args.arch, len(names)), 0
     if path is None:
         url = torchvision.models.get_model_weights(args.arch).DEFAULT.url
         path = Path(args.data, url.rpartition("/")[2])
         common.download(url, path, path.stem[-8:])  # the start of its hash
     network, known = load_asl(path, args.arch, folded=False)
-    if known != names:
-        print(f"the labels are not those of {path}: the last layer starts anew")
-        head = getattr(network, "head", network)
-        head.fc = nn.Linear(head.fc.in_features, len(names))
-    return network
+    if known == names:
+        return network, 0
+    print(f"the labels are not those of {path}: the last layer starts anew")
+    head = getattr(network, "head", network)
+    head.fc = nn.Linear(head.fc.in_features, len(names))
+    return network, 1
 
 
 def training_batches(args, images, labels, steps):
@@ -600,7 +605,9 @@ def training_batches(args, images, labels, steps):
         if args.dataset == "coco":
             epoch = step // per_epoch
             seeds = [hash((args.seed, epoch, row)) % 2**63 for row in rows.tolist()]
-            batch = augment(batch, seeds)
+            is_resnet = not ARCHITECTURES[args.arch].blocks
+            if not is_resnet:  # its few epochs have no use for it
+                batch = augment(batch, seeds)
             mirrored = torch.tensor(seeds) % 2 == 1
             batch[mirrored] = batch[mirrored].flip(3)
         yield batch, labels[rows]
@@ -617,6 +624,16 @@ def training_checkpoint(path, args):
         return checkpoint
     settings = {**flags, "data": args.data, "threshold": args.threshold}
     return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
+
+
+def learning_rate(largest, step, head_steps, total):
+    """The learning rate of a step: falling at first, then of one cycle (Smith & Topin 2018)."""
+    if step <= head_steps:
+        return HEAD_LR * largest * (1 - (step - 1) / head_steps)
+    # up for a fifth of the training, then down, along cosines
+    share = (step - head_steps) / (total - head_steps + 1)
+    rise = min(share / 0.2, (1 - share) / 0.8)
+    return largest * (0.5 - 0.5 * math.cos(math.pi * rise))
 
 
 def train(args, device):
@@ -643,8 +660,12 @@ def train(args, device):
     torch.manual_seed(args.seed)
     network = new_network(args.arch, len(names))
     if done == 0:
-        network = starting_network(args, names)
+        network, head_epochs = starting_network(args, names)
+        checkpoint["head_steps"] = head_epochs * total // args.epochs
     network.train().to(device, memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # the statistics of a ResNet stay those that its weights came with
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), fused=True)
     parts = {"network": network, "average": average, "adam": adam}
@@ -655,6 +676,7 @@ def train(args, device):
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
     history = checkpoint["history"]
+    head_steps = checkpoint["head_steps"]
     # with its "model", the best network, a checkpoint is also what load_asl takes
     checkpoint.update(norm="batch norm", image_size=args.image_size)
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
@@ -664,10 +686,9 @@ def train(args, device):
         batches, "training, in images", total, initial=done, unit_scale=n
     )
     for step, (batch, targets) in enumerate(bar, done + 1):
-        # one cycle (Smith & Topin 2018): up for a fifth of the training, then down, along cosines
-        share = step / (total + 1)
-        rise = min(share / 0.2, (1 - share) / 0.8)
-        adam.param_groups[0]["lr"] = args.lr * (0.5 - 0.5 * math.cos(math.pi * rise))
+        for name, weight in network.named_parameters():
+            weight.requires_grad_(step > head_steps or "fc." in name)
+        adam.param_groups[0]["lr"] = learning_rate(args.lr, step, head_steps, total)
         with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))

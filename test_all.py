@@ -1513,11 +1513,13 @@ def test_training_goes_on_from_weights_of_its_kind(tmp_path, arch):
     content = {"model": state, "norm": "batch norm", "idx_to_class": {0: "cat", 1: "dog"}}
     torch.save(content, tmp_path / "file.pth")
     args = argparse.Namespace(arch=arch, weights=tmp_path / "file.pth")
-    network = asl_model.starting_network(args, ["cat", "dog"])
+    network, head_epochs = asl_model.starting_network(args, ["cat", "dog"])
+    assert head_epochs == 0
     for name, x in network.state_dict().items():
         assert torch.equal(x, state[name]), name
     assert all(p.requires_grad for p in network.parameters())
-    network = asl_model.starting_network(args, ["a", "b", "c"])
+    network, head_epochs = asl_model.starting_network(args, ["a", "b", "c"])
+    assert head_epochs == 1
     assert network(photo_like(2, 32)).shape == (2, 3)
     assert torch.equal(next(network.parameters()), next(iter(state.values())))
 
@@ -1532,6 +1534,33 @@ def test_resnets_start_from_imagenets_published_weights(tmp_path, monkeypatch):
     url, path, sha256 = download.call_args.args
     assert url.endswith("/resnet18-f37072fd.pth")
     assert (path, sha256) == (tmp_path / "resnet18-f37072fd.pth", "f37072fd")
+
+
+def test_a_new_last_layer_first_learns_alone(data, tmp_path, monkeypatch):
+    """For one epoch; then all weights learn, but not the statistics of batch norm."""
+    start = asl_model.new_network("resnet18", 1000)
+    torch.save(start.state_dict(), tmp_path / "imagenet.pth")
+    states = []
+    save = torch.save
+    keep = Mock(wraps=lambda content, file: states.append(copy.deepcopy(content)))
+    monkeypatch.setattr(torch, "save", lambda *args: save(*args) or keep(*args))
+    monkeypatch.setattr(asl_model, "SAVE_EVERY", 1)
+    flags = f"--arch resnet18 --weights {tmp_path / 'imagenet.pth'}"
+    small = "--train --dataset coco --image-size 32 --batch-size 4 --epochs 2"
+    classifier(data, tmp_path / "out", f"{small} {flags}")
+    assert [state["steps"] for state in states[:4]] == [1, 2, 3, 4]
+    old = start.state_dict()
+    for state in states[:4]:
+        for name, x in state["network"].items():
+            is_trained = "fc." in name or state["steps"] > 2
+            if "running" in name or not is_trained:
+                assert torch.equal(x, old[name]), name
+            elif x.is_floating_point() and "fc." not in name:
+                assert not torch.equal(x, old[name]), name
+    rates = [state["adam"]["param_groups"][0]["lr"] for state in states[:4]]
+    rises = np.array([2 / 3, 1 / 3]) / 0.8  # of both steps, behind the peak
+    cycle = 1e-4 * np.sin(np.pi / 2 * rises) ** 2
+    assert rates == pytest.approx([1e-3, 5e-4, *cycle])
 
 
 def test_a_training_that_cannot_work_says_what_to_change(data, tmp_path):
