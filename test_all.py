@@ -982,6 +982,9 @@ def test_generators_start_as_their_rows_say(networks, name):
     if name == "ours":
         nn.init.constant_(generator.decoder[-1][-1].bias, 0.1)
         assert not torch.allclose(generator(latent, labels), drawn, atol=1e-2)
+        nn.init.constant_(generator.decoder[-1][-1].bias, 9)
+        bounded = (drawn + transfer.LARGEST_CHANGE).clamp(max=1)
+        assert torch.allclose(generator(latent, labels), bounded)
     else:
         same = torch.equal(generator.project.weight, networks.original.project.weight)
         assert same == (name != "scratch")
