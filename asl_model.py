@@ -63,7 +63,8 @@ HEAD_LR = 10  # times --lr, while a network learns its last layer alone
 EVALUATIONS = 10  # in a training
 SAVE_EVERY = 200  # steps
 # what a training depends on
-PLAN = "dataset arch image_size epochs batch_size lr limit seed weights"
+PLAN = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr", "limit", "seed")
+PLAN += ("weights",)
 COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
@@ -615,7 +616,7 @@ def training_batches(args, images, labels, steps):
 
 def training_checkpoint(path, args):
     """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
-    flags = {name: getattr(args, name) for name in PLAN.split()}
+    flags = {name: getattr(args, name) for name in PLAN}
     if args.dataset == "scenes":
         flags["digits"] = scene_digits("auto", args.data, "train")[0]
     if path.exists() and not args.force:
@@ -727,11 +728,10 @@ def scenes_classifier(data_dir, device):
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        flags = ["--train", "--dataset=scenes", f"--data={data_dir}", f"--out={out}"]
-        args = settings(flags)
-        args.resume = True  # where one was stopped
-        with common.hold(out):
-            train(args, device)
+        flags = ["--train", "--dataset=scenes", f"--data={data_dir}"]
+        if (out / "checkpoint.pt").exists():
+            flags = ["--resume"]
+        main([*flags, f"--out={out}", f"--device={device.type}"])
     network, names = load_asl(path)
     return network.to(device), names, path
 

@@ -1599,7 +1599,8 @@ def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkey
 def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypatch):
     """Offline, glyphs have a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asl_model, "SCENES", {"train": 64, "validation": 8})
+    sizes = {"train": 64, "validation": 8, "test": 8}
+    monkeypatch.setattr(asl_model, "SCENES", sizes)
     row = asl_model.ARCHITECTURES["tresnet_s"]._replace(epochs=1, image_size=32)
     monkeypatch.setitem(asl_model.ARCHITECTURES, "tresnet_s", row)
     _, names, path = asl_model.scenes_classifier(data, CPU)
@@ -1608,6 +1609,9 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(asl_model, "train", None)
         assert asl_model.scenes_classifier(data, CPU)[0].image_size == 32
+    path.unlink()
+    asl_model.scenes_classifier(data, CPU)
+    assert path.exists(), "a training that was stopped is continued"
     digits = Mock(return_value=("glyphs", *common.glyphs(48)))
     monkeypatch.setattr(common, "load_digits", digits)
     assert asl_model.scenes_classifier("elsewhere", CPU)[2].parent.name == "glyphs"
