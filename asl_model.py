@@ -677,7 +677,7 @@ def train(args, device):
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
     history = checkpoint["history"]
-    head_steps = checkpoint["head_steps"]
+    head_steps = checkpoint.get("head_steps", 0)
     # with its "model", the best network, a checkpoint is also what load_asl takes
     checkpoint.update(norm="batch norm", image_size=args.image_size)
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
