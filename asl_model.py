@@ -60,7 +60,7 @@ HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best n
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 HEAD_LR = 10  # times --lr, while a network learns its last layer alone
-EVALUATIONS = 10  # in a training
+EVALUATIONS = 5  # in a training
 SAVE_EVERY = 200  # steps
 # what a training depends on
 PLAN = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr", "limit", "seed")

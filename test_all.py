@@ -1440,6 +1440,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(data, tmp_path, monkeypatch
     assert (whole["dataset_size"], whole["val2017"]["n"]) == (11, 3)
     predict = asl_model.predict
     stop = Mock(side_effect=[predict, predict, KeyboardInterrupt])
+    monkeypatch.setattr(asl_model, "EVALUATIONS", 10)
     monkeypatch.setattr(asl_model, "predict", lambda *args, **flag: stop()(*args, **flag))
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
@@ -1472,6 +1473,7 @@ def test_training_is_one_cycle_and_averages_weights(data, tmp_path, monkeypatch)
     keep = Mock(wraps=lambda content, file: states.append(copy.deepcopy(content)))
     monkeypatch.setattr(torch, "save", lambda *args: save(*args) or keep(*args))
     judge = Mock(side_effect=[np.array([score]) for score in scores])
+    monkeypatch.setattr(asl_model, "EVALUATIONS", 10)
     monkeypatch.setattr(asl_model, "average_precision", judge)
     monkeypatch.setattr(asl_model, "SAVE_EVERY", 1)
     asl = Mock(wraps=asl_model.AsymmetricLoss)
