@@ -1498,6 +1498,7 @@ def test_training_is_one_cycle_and_averages_weights(data, tmp_path, monkeypatch)
 
 def test_each_photo_comes_once_an_epoch_in_another_view():
     args = argparse.Namespace(dataset="coco", batch_size=2, epochs=3, seed=SEED)
+    args.arch = "tresnet_m"
     labels = torch.arange(8.0)
     views = set()
     orders = set()
@@ -1509,6 +1510,19 @@ def test_each_photo_comes_once_an_epoch_in_another_view():
         views.add(torch.cat(images)[order == 3].numpy().tobytes())
         assert torch.equal(order.sort().values, labels)
     assert len(views) == len(orders) == 3
+
+
+def test_resnets_see_photos_as_they_are_or_mirrored():
+    args = argparse.Namespace(dataset="coco", batch_size=2, epochs=8, seed=SEED)
+    args.arch = "resnet18"
+    images = photo_like(4, 32)
+    mirrored = []
+    for batch, rows in asl_model.training_batches(args, images, torch.arange(4), 0):
+        for seen, photo in zip(batch, images[rows], strict=True):
+            mirrored.append(torch.equal(seen, photo.flip(2)))
+            assert mirrored[-1] or torch.equal(seen, photo)
+    assert len(mirrored) == 32
+    assert 0 < sum(mirrored) < 32
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "tresnet_s"])
