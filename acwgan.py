@@ -48,13 +48,10 @@ MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
 
 def settings(argv=None):
     """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
-    parser = common.parser(
-        __doc__,
-        Path("runs/acwgan"),
-        ("auto", "mnist", "glyphs"),
-        "auto: mnist, or glyphs where MNIST is not to be had",
-        "train on the first N images",
-    )
+    datasets = ("auto", "mnist", "glyphs")
+    about = "auto: mnist, or glyphs where MNIST is not to be had"
+    limit = "train on the first N images"
+    parser = common.parser(__doc__, Path("runs/acwgan"), datasets, about, limit)
     add = parser.add_argument
     number = common.number
     count = number(int, 1)
@@ -71,12 +68,7 @@ def settings(argv=None):
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
     add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
     add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
-    add(
-        "--samples",
-        type=number(int, 10),
-        default=10_000,
-        help="images to draw and measure",
-    )
+    add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
     add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
     add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
@@ -318,6 +310,8 @@ def train(args, checkpoint, images, labels):
     steps_per_epoch = total // args.epochs
     start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
+    if args.force:  # or --resume would go on with the old training
+        (args.out / "checkpoint.pt").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
         position = step % steps_per_epoch
         if position == 0 or step == first_step:
@@ -576,7 +570,7 @@ def main(argv=None):
         return draw(args, device)
     with common.hold(args.out):
         dataset, images, labels = common.load_digits(
-            args.dataset, args.data, True, args.limit
+            args.dataset, args.data, limit=args.limit
         )
         n = len(images)
         # a covariance needs two of the held-out images, which are a sixth
@@ -599,14 +593,9 @@ def main(argv=None):
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
-        record = common.write_results(
-            args,
-            results,
-            dataset=dataset,
-            dataset_size=n,
-            device=str(device),
-            training_seconds=checkpoint["seconds"],
-        )
+        facts = {"dataset": dataset, "dataset_size": n, "device": str(device)}
+        facts["training_seconds"] = checkpoint["seconds"]
+        record = common.write_results(args, results, **facts)
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record
 

@@ -339,7 +339,8 @@ class InplaceABN1012(nn.Module):
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images.clone())
         is_checked = self.places is not None
-        if not (is_checked or torch.allclose(logits, self.network(images), 1e-4, 1e-4)):
+        right = logits if is_checked else self.network(images.clone())
+        if not (is_checked or torch.allclose(logits, right, 1e-4, 1e-4)):
             raise common.Failure(
                 "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
             )
@@ -351,11 +352,17 @@ tresnet = TResNet  # its state dict has the names and shapes of the ASL reposito
 inplace_abn_1_0_12 = InplaceABN1012
 
 
+def newest_weights(dataset):
+    """The path of the newest network that --train left in OUT, or None."""
+    paths = sorted(OUT.glob(f"*-{dataset}.pth"), key=os.path.getmtime)
+    return paths[-1] if paths else None
+
+
 def coco_weights(data_dir):
     """The path of the newest classifier of COCO in OUT, else of the published one, or Failure."""
-    own = sorted(OUT.glob("*-coco.pth"), key=os.path.getmtime)
+    own = newest_weights("coco")
     if own:
-        return own[-1]
+        return own
     try:
         file = "MS_COCO_TRresNet_M_224_81.8.pth"
         return common.download(ZOO + file, Path(data_dir, file))
@@ -639,17 +646,17 @@ def learning_rate(largest, step, head_steps, total):
     return largest * (0.5 - 0.5 * math.cos(math.pi * rise))
 
 
-def train(args, device):
-    """Train a network as the flags say, or go on; returns its path and the number of its images.
+def train(args, device, names):
+    """Train a network for the classes `names`, or go on; returns its path and its images' number.
 
     Raises Failure if --out holds another one, if there are too few images, and if it diverges.
     """
     path = args.out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, args)
     done = checkpoint["steps"]
-    source = {"limit": args.limit, "seed": args.seed}
+    source = {"limit": args.limit, "seed": args.seed, "names": names}
     source.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
-    images, labels, names, _ = load_data(split="train", **source)
+    images, labels = load_data(split="train", **source)[:2]
     held_out, truth = load_data(split=HELD_OUT[args.dataset], **source)[:2]
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
@@ -688,6 +695,8 @@ def train(args, device):
     bar = common.progress(
         batches, "training, in images", total, initial=done, unit_scale=n
     )
+    if args.force:  # or --resume would go on with the old training
+        path.unlink(missing_ok=True)
     for step, (batch, targets) in enumerate(bar, done + 1):
         for name, weight in network.named_parameters():
             weight.requires_grad_(step > head_steps or "fc." in name)
@@ -701,7 +710,7 @@ def train(args, device):
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
         is_judged = step * EVALUATIONS % total < EVALUATIONS
         if is_judged:
-            logits = predict(average, held_out, device, n, quiet=True)
+            logits = predict(average, held_out, device, n)
             mean_ap = average_precision(logits, truth.numpy()).mean().item()
             row = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
             history.append(row)
@@ -727,7 +736,7 @@ def train(args, device):
 def scenes_classifier(data_dir, device):
     """(Network, class names, path) of the classifier of scenes, trained where there is none."""
     out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
-    path = out / "tresnet_s-scenes.pth"
+    path = newest_weights("scenes") or out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         flags = ["--train", "--dataset=scenes", f"--data={data_dir}"]
@@ -739,8 +748,8 @@ def scenes_classifier(data_dir, device):
 
 
 @torch.no_grad()
-def predict(network, images, device, batch_size=32, quiet=False):
-    """The logits (N, L), a float32 array, of images; with a bar, unless `quiet`."""
+def predict(network, images, device, batch_size=32):
+    """The logits (N, L), a float32 array, of images."""
     logits = []
     rows = torch.arange(len(images)).split(batch_size)
     for batch in common.progress(
@@ -748,7 +757,6 @@ def predict(network, images, device, batch_size=32, quiet=False):
         "measuring, in images",
         len(rows),
         unit_scale=batch_size,
-        disable=quiet,
     ):
         logits.append(network(batch.to(device)).float().cpu())
     return torch.cat(logits).numpy()
@@ -796,8 +804,13 @@ def main(argv=None):
     facts = {"device": str(device)}
     numbers = {}
     with common.hold(args.out):
-        if args.train:
-            path, facts["dataset_size"] = train(args, device)
+        part = "test" if scenes else args.split or "val2017"
+        size = args.image_size
+        if args.train:  # what measures the network is loaded first, and has its classes
+            names = load_data(
+                args.dataset, args.data, size, part, None, args.limit, args.seed
+            )[2]
+            path, facts["dataset_size"] = train(args, device, names)
         elif args.weights:
             path = args.weights
         elif scenes:
@@ -806,7 +819,7 @@ def main(argv=None):
             path = coco_weights(args.data)
         network, names = load_asl(path, args.arch)
         network.to(device)
-        size = args.image_size or network.image_size
+        size = size or network.image_size
         if args.image:
             part = "labels"
             logits = predict(network, common.Photos([args.image], size), device)[0]
@@ -815,7 +828,6 @@ def main(argv=None):
                 if is_present(logits[i], args.threshold):
                     numbers[names[i]] = probabilities[i]
         else:
-            part = "test" if scenes else args.split or "val2017"
             images, labels, _, facts["images"] = load_data(
                 args.dataset, args.data, size, part, names, args.limit, args.seed
             )

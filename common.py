@@ -481,6 +481,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
         names = dict(sorted((row["id"], row["name"]) for row in content["categories"]))
+        if len(set(names.values())) < len(names):
+            raise ValueError("two categories have the same name")
         classes = list(names)
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))
@@ -493,7 +495,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
     except Failure:
         raise
     except Exception as problem:  # of as many kinds as there are damages
-        raise Failure(f"{path} is not a file of COCO ({problem!r}); delete it") from None
+        text = "repair it, or delete it to download COCO's"
+        raise Failure(f"{path} is not in COCO's format ({problem!r}); {text}") from None
     paths = paths[:limit]
     urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
     with ThreadPoolExecutor(8) as pool:

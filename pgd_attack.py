@@ -24,6 +24,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -85,7 +86,10 @@ def flags():
     """The argparse parser; a default that depends on the run is named in the flag's help."""
     names = ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto")
     about = "images to attack; the default depends on the model"
-    p = common.parser(__doc__, None, names, about, "attack only the first N images")
+    limit = (
+        "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)"
+    )
+    p = common.parser(__doc__, None, names, about, limit)
     p.set_defaults(dataset=None)
     add = p.add_argument
     count = common.number(int, 0)
@@ -106,7 +110,11 @@ def flags():
     splits = ("val2017", "train2017")
     add("--split", choices=splits, default="val2017", help="part of COCO")
     add("--augment", action="store_true", help="augment COCO's photos as in training")
-    add("--target", metavar="NAME", help="label or class that the attack is about")
+    text = (
+        "label or class that the attack is about (person; week 5 and --dose: dining table; "
+        "scenes 8; digits 3; torchvision: night snake)"
+    )
+    add("--target", metavar="NAME", help=text)
     text = "how the target label is to change (flip; with --week and --dose on)"
     add("--direction", choices=("on", "off", "flip"), help=text)
     add("--loss", choices=LOSSES, help="loss of the attack (margin)")
@@ -117,8 +125,9 @@ def flags():
     )
     add("--eps", type=fraction, help=text)
     add("--alpha", type=fraction, help="step size, on the same scale (2/255)")
-    add("--steps", type=common.number(int, 1), help="most steps per image (40)")
-    add("--restarts", type=count, help="further tries of margin (2)")
+    add("--steps", type=common.number(int, 1), help="most steps per image and try (40)")
+    text = "further tries of margin, each with half the step size (2)"
+    add("--restarts", type=count, help=text)
     text = "images whose pixels adversarial.npz holds"
     add("--save", type=count, default=16, metavar="N", help=text)
     text = "images per batch (16 photos, else 256)"
@@ -153,6 +162,8 @@ def settings(argv=None):
     for flag in ignored:
         if getattr(args, flag) != p.get_default(flag):
             p.error(f"--{flag} has no effect on this run")
+    if args.image and kind == "digits":
+        p.error("--image needs a classifier of photos, such as --model resnet18")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
     dataset = args.dataset or DATASETS[kind][0]
@@ -211,6 +222,7 @@ def pgd(
     early_stop=False,
     clip=(0, 1),
     momentum=0,
+    start=None,
 ):
     """Targeted L-inf PGD (Madry et al. 2018, arXiv 1706.06083): steps of -alpha * sign(gradient).
 
@@ -223,6 +235,7 @@ def pgd(
     early_stop: an image stays as it is once its goal is reached. True: see `goal_reached`; or a
     callable (logits, targets) -> bool (N,).
     random_start: start from a uniformly random point within eps, by torch's global generator.
+    start: images to start from instead, such as those of an earlier attack; None: `images`.
     momentum: share of the previous direction, for gradients of equal L1 norm (Dong et al. 2018,
     arXiv 1710.06081, equation 6).
 
@@ -249,7 +262,7 @@ def pgd(
         # nextafter: a bound that was rounded outwards would exceed eps
         low = torch.nextafter(images - eps, images).clamp(*clip)
         high = torch.nextafter(images + eps, images).clamp(*clip)
-        adversarial = images.clone()
+        adversarial = images.clone() if start is None else start.detach().clone()
         if random_start:
             adversarial += eps * (2 * torch.rand_like(images) - 1)
         adversarial = adversarial.clamp(low, high)
@@ -260,9 +273,14 @@ def pgd(
             x = adversarial[active].requires_grad_()
             # cloned, as a network may normalise its input in place
             logits = model(x.clone())
-            if not logits.requires_grad:
-                raise common.Failure("no gradient reaches the images; remove no_grad")
-            (gradient,) = torch.autograd.grad(loss(logits, targets[active]).sum(), x)
+            gradient = None
+            if logits.requires_grad:
+                total = loss(logits, targets[active]).sum()
+                (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+            if gradient is None:
+                raise common.Failure(
+                    "no gradient reaches the images; remove no_grad and detach"
+                )
             broken |= ~(logits.isfinite().all() & gradient.isfinite().all())
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)
@@ -313,7 +331,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
     derivatives of a random sum of the logits, over the largest derivative. The image is shrunk
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
-    mode and is restored. Returns a float; NaN if the output is random, so that nothing is known.
+    mode and is restored. Returns a float; NaN if nothing is known: the output is random, or so flat
+    that rounding drowns its slopes.
     """
     if images.device.type == "mps":  # Apple's GPUs have no float64
         model = copy.deepcopy(model).cpu()
@@ -345,6 +364,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
                 derivative = (gradient * v).sum().item()
                 error = max(error, abs(derivative - slope))
                 largest = max(largest, abs(derivative), abs(slope))
+            if largest < 1e-6 * (weights * logits).abs().sum():
+                return math.nan
     finally:
         for x, original in zip(tensors, originals, strict=True):
             x.data = original
@@ -513,8 +534,8 @@ def logits_of(network, images):
 def attack_labels(network, images, logits, row, task):
     """`row`'s attack on images (N, 3, S, S) in [0, 1] of logits (N, L); returns images.
 
-    With restarts, an image whose attack has failed is tried again, from a random start, with
-    momentum and half the step size; whether it has failed is judged in float32.
+    With restarts, an image whose attack has failed goes on from where it is, with momentum and half
+    the step size; whether it has failed is judged in float32.
     """
     if row.loss is None:
         return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
@@ -538,16 +559,13 @@ def attack_labels(network, images, logits, row, task):
                 eps=row.eps,
                 alpha=row.alpha / 2**attempt,
                 steps=row.steps,
-                random_start=attempt > 0,
                 early_stop=done if row.restarts is not None else False,
                 momentum=0.75 if attempt > 0 else 0,
+                start=result[remaining],
             )
+        result[remaining] = adversarial
         after = is_present(logits_of(network, adversarial), task.threshold)
         succeeded = (after == wanted[remaining].bool()).all(1)
-        if attempt == 0:
-            result[:] = adversarial
-        else:
-            result[remaining[succeeded]] = adversarial[succeeded]
         remaining = remaining[~succeeded]
         if len(remaining) == 0:
             break
@@ -617,7 +635,9 @@ def rate_over_photos(hits, totals):
     rates = []
     for _ in range(1000):
         drawn = rng.integers(len(hits), size=len(hits))
-        rates.append(hits[drawn].sum().item() / max(totals[drawn].sum().item(), 1))
+        total = totals[drawn].sum().item()
+        if total > 0:
+            rates.append(hits[drawn].sum().item() / total)
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
@@ -961,7 +981,8 @@ def gradient_cosines(networks, images, task):
     gradients = {}
     for name, network in networks.items():
         x = images.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(softmax_bce(network(x), wanted).sum(), x)
+        loss = softmax_bce(network(x.clone()), wanted).sum()
+        (gradient,) = torch.autograd.grad(loss, x)
         gradients[name] = gradient.flatten(1)
     del gradients["noise"]
     right = gradients.pop("clean")
@@ -971,31 +992,32 @@ def gradient_cosines(networks, images, task):
     return cosines
 
 
-def check_gradients(networks, rows, image):
+def check_gradients(network, rows, image):
     """Print whether the attacked networks' gradients are right at an image (3, S, S).
 
     Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
     """
-    checked = {"gradient_error": networks["clean"]}
+    checked = {"gradient_error": network}
     numbers = {}
-    for row in rows:
-        if row.gradient == INPLACE_ABN and row.places is None:
-            checked["wrong_gradient_error"] = networks[row.name]
-    for name, network in checked.items():
+    if INPLACE_ABN in [row.gradient for row in rows]:
+        imitation = asl_model.inplace_abn_1_0_12(network)
+        checked["wrong_gradient_error"] = imitation
+        logits_of(imitation, image[None])  # it counts its places
+        numbers["places"] = imitation.places
+    for name, model in checked.items():
         try:
-            numbers[name] = gradient_error(network, image[None])
+            numbers[name] = gradient_error(model, image[None])
         except (RuntimeError, TypeError):  # it can't run in float64
             numbers[name] = math.nan
         verdict = "the gradient is right"
         if math.isnan(numbers[name]):
-            verdict = "WARNING: not checked, as the output is random or not in float64"
+            verdict = "WARNING: not checked: the output is random, flat or not in float64"
         elif numbers[name] > 0.01:
             verdict = "WARNING: the gradient is WRONG"
         print(
             f"{name}, autograd against central differences: {numbers[name]:.2g}; {verdict}"
         )
-    if "wrong_gradient_error" in checked:
-        numbers["places"] = checked["wrong_gradient_error"].places
+    if "places" in numbers:
         print(f"it skips the derivatives of {numbers['places']} activations")
         if numbers["places"] == 0:
             print("WARNING: this network has none to skip, so that gradient is right")
@@ -1040,7 +1062,7 @@ def print_photo(network, outcomes, task, device):
         wanted = wanted_labels(before, task).bool()
         done = torch.equal(is_present(after, task.threshold), wanted)
     if not done:
-        print("these 8-bit pixels do not do what was asked; try a larger --eps")
+        print("these 8-bit pixels fail; without --week, a larger --eps may help")
 
 
 # --- the run
@@ -1061,20 +1083,29 @@ class Outcome(NamedTuple):
         self.pixels[first] = pixels.byte().cpu()
 
 
-def require_same_settings(args):
-    """Raise Failure if --out holds the results of other settings, unless --force is given."""
+def weights_digest(network):
+    """A hash of a network's weights, which tells two trainings apart."""
+    digest = hashlib.sha256()
+    for weight in [*network.parameters(), *network.buffers()]:
+        digest.update(weight.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def require_same_settings(args, weights):
+    """Raise Failure if --out holds the results of other settings or weights, without --force."""
     path = args.out / "results.json"
     if args.force or not path.exists():
         return
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings = json.loads(json.dumps(settings, default=str))
     try:
-        old = json.loads(path.read_bytes())["settings"]
+        record = json.loads(path.read_bytes())
+        old = {**record["settings"], "weights_sha256": record.get("weights_sha256")}
     except (ValueError, KeyError, TypeError):
         raise common.Failure(
             f"{path} is damaged; choose another --out, or add --force", 2
         ) from None
-    common.require_same(path, old, settings)
+    common.require_same(path, old, {**settings, "weights_sha256": weights})
 
 
 def save_arrays(args, subject, outcomes):
@@ -1169,23 +1200,25 @@ def main(argv=None):
         if args.kind in ("digits", "torchvision"):
             load = load_digits if args.kind == "digits" else load_single_label
             attack = attack_top_class
-        if rank == 0:
-            require_same_settings(args)
         subject = load(args, device)
         if world > 1 and rank == 0:
             dist.barrier()
         network = subject.network.eval().to(device)
+        weights = weights_digest(network)
+        if rank == 0:
+            require_same_settings(args, weights)
         rows = rows_of(args)
+        record = {"dataset_size": len(subject.images), "weights_sha256": weights}
+        record.update(check_gradients(network, rows, subject.images[0].to(device)))
+        if args.dose:  # a row that skips every place is there already
+            places = record["places"]
+            rows = [row for row in rows if row.places is None or row.places < places]
         networks = {"clean": network}
         for row in rows:
             networks[row.name] = network
             if row.gradient == INPLACE_ABN:
                 networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
         total = len(subject.images)
-        record = {"dataset_size": total}
-        if rank == 0:
-            image = subject.images[0].to(device)
-            record.update(check_gradients(networks, rows, image))
         outcomes = {}
         for name in networks:
             logits = torch.zeros(total, len(subject.task.names))

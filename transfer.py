@@ -571,11 +571,9 @@ def main(argv=None):
             if generator or name in args.variant:
                 generators[name] = generator
         networks = load_networks(out, dataset, images, digits, original, critic)
-        _, test_images, test_digits = common.load_digits(
-            dataset, args.data, False, args.samples
-        )
-        test_images = test_images.to(device)
-        rates = measure_classifiers(networks, test_images, test_digits.to(device))
+        test_data = common.load_digits(dataset, args.data, False, args.samples)
+        test_images = test_data[1].to(device)
+        rates = measure_classifiers(networks, test_images, test_data[2].to(device))
         labels = torch.arange(args.samples, device=device) % CLASSES
         drawn = {}
         rows = {}
