@@ -95,7 +95,6 @@ def parser(description, out, datasets, dataset_help, limit_help):
     """An argparse parser with the flags of every script; the first data set is the default."""
     p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = p.add_argument
-    devices = ("auto", "cpu", "cuda", "mps")
     add("--data", default="data", help="folder of data sets and weights")
     add("--out", type=Path, default=out, help="folder that this run writes to")
     add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
@@ -103,7 +102,12 @@ def parser(description, out, datasets, dataset_help, limit_help):
     add(
         "--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers"
     )
-    add("--device", choices=devices, default="auto", help="where networks run")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where networks run",
+    )
     add("--force", action="store_true", help="overwrite other settings' files")
     return p
 
@@ -135,8 +139,12 @@ def has_bf16(device):
 def progress(*args, **kwargs):
     """A tqdm bar; where stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
-        line = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}\n"
-        kwargs.update(bar_format=line, mininterval=30, maxinterval=60, delay=30)
+        kwargs.update(
+            bar_format="{desc} {percentage:.0f}% {n_fmt}/{total_fmt}, {remaining} left\n",
+            mininterval=30,
+            maxinterval=60,
+            delay=30,
+        )
     return tqdm(*args, leave=False, ncols=100, **kwargs)
 
 
@@ -481,13 +489,11 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
         names = dict(sorted((row["id"], row["name"]) for row in content["categories"]))
-        if len(set(names.values())) < len(names):
-            raise ValueError("two categories have the same name")
-        classes = list(names)
+        classes = list(dict.fromkeys(names.values()))  # equal names are one class
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))
         for note in content["annotations"]:
-            row_of[note["image_id"]][classes.index(note["category_id"])] = 1
+            row_of[note["image_id"]][classes.index(names[note["category_id"]])] = 1
         # a name's folders are dropped: no photo may be written elsewhere
         paths = [folder / split / Path(file).name for file in files.values()]
         if not 0 < len(set(paths)) == len(content["images"]):
@@ -495,10 +501,11 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
     except Failure:
         raise
     except Exception as problem:  # of as many kinds as there are damages
-        text = "repair it, or delete it to download COCO's"
-        raise Failure(f"{path} is not in COCO's format ({problem!r}); {text}") from None
+        raise Failure(
+            f"{path} is not in COCO's format ({problem!r}); mend it, or delete it for COCO's"
+        ) from None
     paths = paths[:limit]
     urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
     with ThreadPoolExecutor(8) as pool:
         list(progress(pool.map(download, urls, paths), "photos", len(paths)))
-    return Photos(paths, image_size), labels[:limit], list(names.values())
+    return Photos(paths, image_size), labels[:limit], classes
