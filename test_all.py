@@ -1451,6 +1451,9 @@ def test_a_stopped_training_resumes_to_the_same_bits(data, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         classifier(data, out, flags)
     assert not list(out.glob("*.pth")), "no network that looks like a finished one"
+    content = torch.load(out / "checkpoint.pt")
+    assert content.pop("head_steps") == 0  # as in the files of earlier versions
+    torch.save(content, out / "checkpoint.pt")
     monkeypatch.setattr(asl_model, "predict", predict)
     with refused("unfinished training", "--resume", code=2):
         classifier(data, out, flags)
@@ -2297,6 +2300,8 @@ def test_networks_that_work_in_place_are_imitated_and_compared():
     cosines = pgd_attack.gradient_cosines(networks, images, labels_task())
     assert torch.equal(images, before)
     assert 0 < cosines["all"].mean() < 0.99
+    imitation = asl_model.inplace_abn_1_0_12(network)
+    assert imitation(images.requires_grad_()).requires_grad
 
 
 def test_the_doses_figure_has_room_for_negative_cosines():
@@ -2635,7 +2640,7 @@ MISUSE = {
     pgd_attack: "--eps 8/0, --eps nan, --eps 1e999, --augment, --week 3 --sweep, "
     "--loss l2, --model digits --weights x.pth, --week 5 --loss bce, "
     "--sweep --restarts 3, --model asl --week 4, --image absent.jpg, "
-    "--week 4 --image requirements.txt",
+    f"--week 4 --image {HERE / 'README.md'}",
 }
 
 
