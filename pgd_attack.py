@@ -1031,12 +1031,11 @@ def print_report(rows, numbers, task):
     if task.mean is None:
         counts = ["target_after", "labels_after", "others_new"]
         rates = ["target_switched", "exact", "others_lost"]
-        first = rows[0].name
-        last = rows[-1].name
+        shown = list(dict.fromkeys([rows[0].name, rows[-1].name]))
         lines = []
         for key in TARGET_COUNTS + LABEL_COUNTS:
-            lines.append([key, numbers[first][key], numbers[last][key]])
-        common.print_table([f"target: {task.names[task.target]}", first, last], lines)
+            lines.append([key, *[numbers[name][key] for name in shown]])
+        common.print_table([f"target: {task.names[task.target]}", *shown], lines)
         print()
     for keys in (["eps", "alpha", "steps", *counts], rates):
         lines = []
