@@ -942,36 +942,33 @@ def figure(title, outcomes, names, task):
     return page.crop((0, 0, 900, bottom + 4))
 
 
-def plot_dose(places, cosines, ratios, noise):
-    """What week 5's attack does, over the `places` whose derivative is skipped, as a PIL image.
-
-    Its first gradient's cosine with the right one, and the labels after / before, beside noise's.
-    """
-    curves = {
-        "royalblue": ("cosine of the first gradient with the right one", cosines),
-        "firebrick": ("labels after the attack / before", ratios),
-        "grey": ("labels after noise / before", [noise] * len(places)),
-    }
-    page = Image.new("RGB", (600, 400), "white")
+def plot_dose(title, places, curves):
+    """A PIL image of curves {name: values}, over the `places` whose derivative is skipped."""
+    page = Image.new("RGB", (600, 460), "white")
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
-    ink.text(
-        (50, 376), "activations whose derivative is skipped, from the first", "black"
-    )
+    ink.text((50, 8), title, "black")
+    text = "activations whose derivative is skipped, from the first"
+    ink.text((50, 436), text, "black")
     xs = np.linspace(50, 580, len(places))
     for x, place in zip(xs, places, strict=True):
-        ink.text((x, 356), str(place), "black", anchor="mt")
-    low = math.floor(min(0, *cosines))
-    high = math.ceil(max(1, noise, *ratios))
-    scale = 260 / (high - low)  # pixels for a ratio of 1
+        ink.text((x, 416), str(place), "black", anchor="mt")
+    values = np.array(list(curves.values()))
+    low = math.floor(min(0, values.min()))
+    high = math.ceil(values.max())
+    scale = 300 / (high - low)  # pixels for a ratio of 1
     for level in range(low, high + 1):
-        y = 350 - scale * (level - low)
+        y = 410 - scale * (level - low)
         ink.line((50, y, 580, y), "lightgrey")
         ink.text((44, y), str(level), "black", anchor="rm")
-    for row, (colour, (name, values)) in enumerate(curves.items()):
-        ink.text((50, 8 + 18 * row), name, colour)
-        ys = 350 - scale * (np.array(values) - low)
-        ink.line(list(zip(xs, ys, strict=True)), colour, 3)
+    colours = ("royalblue", "firebrick", "darkorange", "grey")
+    for number, (name, colour) in enumerate(zip(curves, colours, strict=True)):
+        ink.text((50, 28 + 18 * number), name, colour)
+        ys = 410 - scale * (np.array(curves[name]) - low)
+        points = list(zip(xs, ys, strict=True))
+        ink.line(points, colour, 3, "curve")
+        for point in points:
+            ink.circle(point, 4, colour)
     return page
 
 
@@ -1149,10 +1146,19 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
         for row in rows[:-1]:
             record["cosines"][row.name] = outcomes[row.name].cosines.mean().item()
         places = [networks[row.name].places for row in rows[:-1]]
-        cosines = list(record["cosines"].values())
-        labels = [record["rows"][row.name]["labels_after"] for row in rows]
-        ratios = np.array(labels) / max(1, numbers["labels_before"])
-        pictures["dose"] = plot_dose(places, cosines, ratios[:-1], ratios[-1])
+        ratios = {}
+        for key in ("labels", "target"):
+            counts = [row[f"{key}_after"] for row in record["rows"].values()]
+            ratios[key] = np.array(counts) / max(1, numbers[f"{key}_before"])
+        curves = {
+            "cosine of the first gradient with the right one": [
+                *record["cosines"].values()
+            ],
+            "all labels after the attack / before": ratios["labels"][:-1],
+            f"{args.target} after the attack / before": ratios["target"][:-1],
+            "all labels after noise / before": len(places) * [ratios["labels"][-1]],
+        }
+        pictures["dose"] = plot_dose(title, places, curves)
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
         pictures[f"{args.image.stem}-adversarial"] = picture

@@ -2305,8 +2305,9 @@ def test_networks_that_work_in_place_are_imitated_and_compared():
 
 
 def test_the_doses_figure_has_room_for_negative_cosines():
-    page = pgd_attack.plot_dose([0, 4, 9], [-1, -1, -1], [2, 2, 2], 0.5)
-    at_bottom = [page.getpixel((300, y)) for y in range(340, 354)]
+    curves = {"a": [-1, -1, -1], "b": [2, 2, 2], "c": [1, 1, 1], "d": [0, 0, 0]}
+    page = pgd_attack.plot_dose("title", [0, 4, 9], curves)
+    at_bottom = [page.getpixel((300, y)) for y in range(400, 414)]
     assert ImageColor.getrgb("royalblue") in at_bottom
 
 
