@@ -2797,7 +2797,7 @@ def peer_network(attackable, data):
         images = asl_model.load_data("coco", folder, names=names, **sizes)[0][:]
         return network, images, names.index(name)
     network, _ = asl_model.load_asl(attackable.path)
-    return network, asl_model.load_scenes(8, 32, 0, "mnist", data, "test")[0], 3
+    return network, asl_model.load_scenes(2, 32, 0, "mnist", data, "test")[0], 3
 
 
 class GradientCounter(nn.Module):
