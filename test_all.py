@@ -2844,7 +2844,8 @@ def test_peer_attacks_on_many_labels_beside_margin(peer_network):
     """For the table: target switched, exact, other labels changed, gradients; means per image."""
     network, images, target = peer_network
     lines = {}
-    for eps in (1 / 255, 2 / 255, 4 / 255, 8 / 255):
+    for grey_levels in (1, 2, 4, 8) if "PEER" in os.environ else (8,):
+        eps = grey_levels / 255
         sums = {}
         for batch in images.split(32):
             logits = pgd_attack.logits_of(network, batch)
