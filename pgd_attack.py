@@ -1087,8 +1087,8 @@ def weights_digest(network):
     return digest.hexdigest()[:12]
 
 
-def require_same_settings(args, weights):
-    """Raise Failure if --out holds the results of other settings or weights, without --force."""
+def require_same_settings(args, **facts):
+    """Raise Failure if --out holds results of other settings or facts, unless --force is given."""
     path = args.out / "results.json"
     if args.force or not path.exists():
         return
@@ -1096,12 +1096,12 @@ def require_same_settings(args, weights):
     settings = json.loads(json.dumps(settings, default=str))
     try:
         record = json.loads(path.read_bytes())
-        old = {**record["settings"], "weights_sha256": record.get("weights_sha256")}
+        old = {**record, **record["settings"]}
     except (ValueError, KeyError, TypeError):
         raise common.Failure(
             f"{path} is damaged; choose another --out, or add --force", 2
         ) from None
-    common.require_same(path, old, {**settings, "weights_sha256": weights})
+    common.require_same(path, old, {**settings, **facts})
 
 
 def save_arrays(args, subject, outcomes):
@@ -1205,13 +1205,15 @@ def main(argv=None):
         if args.kind in ("digits", "torchvision"):
             load = load_digits if args.kind == "digits" else load_single_label
             attack = attack_top_class
+        if rank == 0:
+            require_same_settings(args)
         subject = load(args, device)
         if world > 1 and rank == 0:
             dist.barrier()
         network = subject.network.eval().to(device)
         weights = weights_digest(network)
         if rank == 0:
-            require_same_settings(args, weights)
+            require_same_settings(args, weights_sha256=weights)
         rows = rows_of(args)
         record = {"dataset_size": len(subject.images), "weights_sha256": weights}
         record.update(check_gradients(network, rows, subject.images[0].to(device)))
