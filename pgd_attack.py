@@ -235,7 +235,7 @@ def pgd(
     early_stop: an image stays as it is once its goal is reached. True: see `goal_reached`; or a
     callable (logits, targets) -> bool (N,).
     random_start: start from a uniformly random point within eps, by torch's global generator.
-    start: images to start from instead, such as those of an earlier attack; None: `images`.
+    start: images to start from, such as those of an earlier attack; None: `images`.
     momentum: share of the previous direction, for gradients of equal L1 norm (Dong et al. 2018,
     arXiv 1710.06081, equation 6).
 
@@ -364,6 +364,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
                 derivative = (gradient * v).sum().item()
                 error = max(error, abs(derivative - slope))
                 largest = max(largest, abs(derivative), abs(slope))
+            # float64 rounds logits by 1e-16 of their size, hence a slope by 1e-7 of it
             if largest < 1e-6 * (weights * logits).abs().sum():
                 return math.nan
     finally:
@@ -943,7 +944,7 @@ def figure(title, outcomes, names, task):
 
 
 def plot_dose(title, places, curves):
-    """A PIL image of curves {name: values}, over the `places` whose derivative is skipped."""
+    """A PIL image of four curves {name: values}, over the places whose derivative is skipped."""
     page = Image.new("RGB", (600, 460), "white")
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
@@ -992,7 +993,7 @@ def gradient_cosines(networks, images, task):
 def check_gradients(network, rows, image):
     """Print whether the attacked networks' gradients are right at an image (3, S, S).
 
-    Returns {"gradient_error": ..., and, for an imitated one, "wrong_gradient_error", "places"}.
+    Returns {"gradient_error": ..., and, if a row's is imitated, "wrong_gradient_error", "places"}.
     """
     checked = {"gradient_error": network}
     numbers = {}

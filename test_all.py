@@ -2219,12 +2219,14 @@ def test_both_gradients_are_checked_and_attack_differently(week5):
 
 
 def test_other_settings_or_a_damaged_record_are_not_overwritten(
-    week5, attackable, tmp_path
+    week5, attackable, tmp_path, monkeypatch
 ):
     flags = [*attackable.flags, "--out", str(week5.folder)]
     before = (week5.folder / "results.json").read_bytes()
-    with refused("results.json", "week 5, not None", "--out", "--force", code=2):
-        pgd_attack.main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(pgd_attack, "load_multi_label", None)  # refused before it loads
+        with refused("results.json", "week 5, not None", "--out", "--force", code=2):
+            pgd_attack.main(flags)
     assert (week5.folder / "results.json").read_bytes() == before
     path = tmp_path / "results.json"
     path.write_text("{")
@@ -2337,6 +2339,7 @@ def test_two_of_torchruns_processes_give_the_table_of_one(
     assert again["rows"] == json.loads(json.dumps(record["rows"]))
     for line in ("labels_actual", "attacked network", "gradient_error"):
         assert process.stdout.count(line) == 1
+    assert re.search(r"^labels_actual +\d+$", process.stdout, re.M), "a column per attack"
 
 
 def test_the_png_of_a_photo_does_what_was_asked(attackable, data, tmp_path, capsys):
