@@ -20,6 +20,7 @@ Writes into --out: results.json, adversarial.npz and figures (PNG).
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import datetime
@@ -1197,6 +1198,7 @@ def main(argv=None):
         folder = common.hold(args.out)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+        atexit.register(dist.destroy_process_group)  # or the exit itself may abort
     if rank > 0:
         sys.stdout = None  # the first process alone prints,
         dist.barrier()  # and it trains or downloads what the others then find
