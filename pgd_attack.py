@@ -906,16 +906,16 @@ def captions(before, after, task):
     return lines
 
 
-def figure(title, outcomes, names, task):
-    """One image, clean and by the attacks `names`, the changes on one scale, and the labels.
+def figure(title, outcomes, shown, task):
+    """One image, clean and by some attacks {name: eps}, the changes on one scale, and the labels.
 
     It is the first saved image that lacks the target, if there is one.
     """
-    columns = ["clean", *names]
+    columns = ["clean", *shown]
     clean = outcomes["clean"]
     saved = clean.logits[: len(clean.pixels)]
-    shown = is_present(saved[:, task.target], task.threshold).int().argmin()
-    pixels = torch.stack([outcomes[name].pixels[shown] for name in columns]) / 255
+    first = is_present(saved[:, task.target], task.threshold).int().argmin()
+    pixels = torch.stack([outcomes[name].pixels[first] for name in columns]) / 255
     changes = pixels - pixels[0]
     scale = changes.abs().max().clamp(min=1 / 255)
     side = 900 // len(columns)
@@ -923,7 +923,7 @@ def figure(title, outcomes, names, task):
     images = F.interpolate(images, (side - 4, side - 4), mode="bilinear", antialias=True)
     grid = to_pil_image(make_grid(images, len(columns), pad_value=1))
     page = Image.new("RGB", (900, 3000), "white")
-    page.paste(grid, (0, 64))
+    page.paste(grid, (0, 80))
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
     legend = f"Second row: the change, from {-scale:.2f} (black) to {scale:.2f} (white)."
@@ -932,9 +932,11 @@ def figure(title, outcomes, names, task):
     bottom = 0
     for column, name in enumerate(columns):
         x = 4 + column * side
-        y = 68 + grid.height
-        ink.text((x, 48), name.replace("-inplace-abn", ", wrong gradient"), "black")
-        labels = captions(clean.logits[shown], outcomes[name].logits[shown], task)
+        y = 84 + grid.height
+        ink.text((x, 44), name.replace("-inplace-abn", ", wrong gradient"), "black")
+        if name in shown:
+            ink.text((x, 60), f"eps {shown[name]:.2g}", "black")
+        labels = captions(clean.logits[first], outcomes[name].logits[first], task)
         for text, colour in labels:
             ink.text((x, y), text, colour)
             if colour == "firebrick":
@@ -944,14 +946,32 @@ def figure(title, outcomes, names, task):
     return page.crop((0, 0, 900, bottom + 4))
 
 
+def dose_curves(rows, numbers, cosines, target):
+    """{name: values, by the places skipped} for `plot_dose`; the last of the rows is noise."""
+    labels = []
+    targets = []
+    for row in rows:
+        counts = numbers[row.name]
+        labels.append(counts["labels_after"] / max(1, counts["labels_before"]))
+        targets.append(counts["target_after"] / max(1, counts["target_before"]))
+    noise = labels.pop()
+    return {
+        "cosine of the first gradient with the right one": cosines,
+        "all labels after the attack / before (below 1: labels are lost)": labels,
+        f"{target} after the attack / before": targets[:-1],
+        "all labels after noise / before": [noise] * len(labels),
+    }
+
+
 def plot_dose(title, places, curves):
     """A PIL image of four curves {name: values}, over the places whose derivative is skipped."""
-    page = Image.new("RGB", (600, 460), "white")
+    page = Image.new("RGB", (600, 470), "white")
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
     ink.text((50, 8), title, "black")
-    text = "activations whose derivative is skipped, from the first"
-    ink.text((50, 436), text, "black")
+    text = "activations whose derivative the gradient skips, from the first on;"
+    text += f"\n0: the right gradient; {places[-1]}: that of inplace_abn 1.0.12"
+    ink.text((50, 434), text, "black")
     xs = np.linspace(50, 580, len(places))
     for x, place in zip(xs, places, strict=True):
         ink.text((x, 416), str(place), "black", anchor="mt")
@@ -1141,25 +1161,15 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     title = f"{name} on {subject.description}; target: {args.target}, {args.direction}"
-    shown = dict.fromkeys([row.name for row in (*rows[:3], rows[-1])])
+    shown = {row.name: row.eps for row in (*rows[:3], rows[-1])}
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
         record["cosines"] = {}
         for row in rows[:-1]:
             record["cosines"][row.name] = outcomes[row.name].cosines.mean().item()
         places = [networks[row.name].places for row in rows[:-1]]
-        ratios = {}
-        for key in ("labels", "target"):
-            counts = [row[f"{key}_after"] for row in record["rows"].values()]
-            ratios[key] = np.array(counts) / max(1, numbers[f"{key}_before"])
-        curves = {
-            "cosine of the first gradient with the right one": [
-                *record["cosines"].values()
-            ],
-            "all labels after the attack / before": ratios["labels"][:-1],
-            f"{args.target} after the attack / before": ratios["target"][:-1],
-            "all labels after noise / before": len(places) * [ratios["labels"][-1]],
-        }
+        cosines = list(record["cosines"].values())
+        curves = dose_curves(rows, record["rows"], cosines, args.target)
         pictures["dose"] = plot_dose(title, places, curves)
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
@@ -1170,7 +1180,7 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     facts = {"device": str(device), "processes": world, "images": subject.description}
     record = common.write_results(args, record, **facts)
 
-    print(f"{len(subject.images):,} images; {title}")
+    print(title if args.image else f"{len(subject.images):,} images; {title}")
     if "mAP" in record:
         print(f"mAP of the network on them: {record['mAP']:.1%}")
     if "accuracy" in numbers:

@@ -819,9 +819,28 @@ def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, 
     assert max(map(len, lines)) <= 100
     assert "glyphs" in lines[1]
     page = np.array(Image.open(transferred["settings"]["out"] / "closest.png"))
-    assert len(page) == 42 + 86 * 5
+    assert len(page) == 40 + 124 * 5
     assert (page[40:, 188:192] == 255).all(), "a name runs into the digits"
     assert (page[40:, :188] < 128).any(), "there are no names"
+
+
+def test_a_figure_says_of_each_digit_whether_the_attack_succeeds(tmp_path):
+    """Only the first digit's target is fooled; of two digits a judge is mistaken."""
+    digits = torch.arange(10)
+    target = digits.clone()
+    target[0] = 1
+    pgd_judge = digits.clone()
+    pgd_judge[[2, 5]] = 8
+    classes = {"target": (digits + 1) % 10, "predicted": target}
+    classes.update(judge=digits, pgd_judge=pgd_judge)
+    drawn = {"original": torch.zeros(10, 1, 28, 28)}
+    transfer.write_figures(tmp_path, drawn, {"original": classes})
+    page = np.array(Image.open(tmp_path / "closest.png"))
+    greener = page[..., 1].astype(int) > page[..., 0].astype(int) + 60
+    for y in range(10):
+        cell = greener[:, 195 + 86 * y : 275 + 86 * y]
+        assert cell[126:140].any() == (y == 0)
+        assert cell[142:158].any() == (y not in (2, 5))
 
 
 def test_force_trains_a_finished_row_again_and_no_other(transferred, copied, monkeypatch):

@@ -456,12 +456,15 @@ def mean_l2(change):
 
 def measure(images, original, labels, variant, networks):
     """A row's numbers for images (N, 1, 28, 28) of the classes `labels` (N,), and the classes (N,)
-    that are wanted and read by the target. original: week 1's images of the same latents."""
+    that are wanted, and that the target and the judges predict. original: week 1's images of the
+    same latents."""
     wanted = wanted_classes(variant, labels)
     predicted = classify(getattr(networks, variant.target), images)
+    judge = classify(networks.judge, images)
+    pgd_judge = classify(networks.pgd_judge, images)
     fooled = predicted == wanted
-    judge_reads_y = classify(networks.judge, images) == labels
-    pgd_judge_reads_y = classify(networks.pgd_judge, images) == labels
+    judge_reads_y = judge == labels
+    pgd_judge_reads_y = pgd_judge == labels
     hits = {
         "target_fooled": fooled,
         "judge_reads_y": judge_reads_y,
@@ -476,28 +479,46 @@ def measure(images, original, labels, variant, networks):
     change = (images - original)[counts]
     row["l2"] = mean_l2(change)
     row["linf"] = change.abs().flatten(1).amax(1).mean().item()
-    return row, {"target": wanted, "predicted": predicted}
+    classes = {"target": wanted, "predicted": predicted}
+    return row, {**classes, "judge": judge, "pgd_judge": pgd_judge}
 
 
-NEXT = "The digits drawn are 0 to 9; the target classifier should take them for 1, 2, ..., 9, 0."
+NEXT = "Digits 0 to 9. The target classifier should say 1, 2, ..., 9, 0."
+GREEN = "Green: as the attack wants."
 PAGES = {  # what each says on top, and its lines
     "synthetic-adversarial-framework": (
-        "Approach 1. The digits asked for are 0 to 9; an untrained classifier should say 7.",
-        ["original", "scratch", "scratch-live"],
+        f"Approach 1: digits 0 to 9, for which an untrained target should say 7. {GREEN}",
+        ["scratch", "scratch-live"],
     ),
     "synthetic-adversarial-framework-with-fid": (
-        f"Approach 2, and ours. {NEXT}",
+        f"Approach 2, and ours. {NEXT} {GREEN}",
         ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"],
     ),
     "closest": (
-        f"{NEXT} Grey: no change.",
+        f"{NEXT} {GREEN} Changes: black, darker; white, brighter.",
         ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"],
     ),
 }
 
 
-def write_figures(out, drawn):
-    """Write the pages of the rows' first ten digits; drawn: {row: images (N, 1, 28, 28)}."""
+def write_answers(ink, top, classes):
+    """Write under the first ten digits, of the classes 0 to 9, what the classifiers predict."""
+    small = ImageFont.load_default(14)
+    for y in range(10):
+        x = 197 + 86 * y
+        predicted = int(classes["predicted"][y])
+        colour = "green" if predicted == classes["target"][y] else "firebrick"
+        ink.text((x, top), f"target {predicted}", colour, small)
+        judges = [int(classes["judge"][y]), int(classes["pgd_judge"][y])]
+        colour = "green" if judges == [y, y] else "firebrick"
+        ink.text((x, top + 15), "judges {} {}".format(*judges), colour, small)
+
+
+def write_figures(out, drawn, predictions):
+    """Write the pages of the rows' first ten digits and what the classifiers predict.
+
+    drawn: {row: images (N, 1, 28, 28)}; predictions: {row: the classes that `measure` returns}.
+    """
     lines = {}
     for name, images in drawn.items():
         lines[name] = images[:10]
@@ -505,14 +526,16 @@ def write_figures(out, drawn):
         lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
     for title, (caption, names) in PAGES.items():
         names = [name for name in names if name in lines]
-        digits = acwgan.grid(torch.cat([lines[name] for name in names]), 10)
-        page = Image.new("RGB", (1060, digits.height + 40), "white")
-        page.paste(digits, (192, 40))
+        page = Image.new("RGB", (1060, 40 + 124 * len(names)), "white")
         ink = ImageDraw.Draw(page)
         ink.font = ImageFont.load_default(17)
         ink.text((8, 8), caption, "black")
         for i, name in enumerate(names):
-            ink.text((8, 84 + 86 * i), name, "black", anchor="lm")
+            top = 40 + 124 * i
+            page.paste(acwgan.grid(lines[name], 10), (192, top))
+            ink.text((8, top + 44), name, "black", anchor="lm")
+            if name in predictions:
+                write_answers(ink, top + 86, predictions[name])
         with common.whole_file(out / f"{title}.png") as file:
             page.save(file, "png")
 
@@ -562,6 +585,8 @@ def main(argv=None):
         images = images.to(device)
         digits = digits.to(device)
         facts.update(dataset_size=len(images), batch_size=BATCH_SIZE)
+        facts.update(target_margin=TARGET_MARGIN, robust_margin=ROBUST_MARGIN)
+        facts.update(largest_change=LARGEST_CHANGE)
         facts.update(seed=args.seed, steps=args.steps)
         made_with = {}
         generators = {}
@@ -576,6 +601,7 @@ def main(argv=None):
         rates = measure_classifiers(networks, test_images, test_data[2].to(device))
         labels = torch.arange(args.samples, device=device) % CLASSES
         drawn = {}
+        predictions = {}
         rows = {}
         for name, generator in generators.items():
             if generator is None:
@@ -589,6 +615,7 @@ def main(argv=None):
             start = drawn["original"]
             row, classes = measure(drawn[name], start, labels, VARIANTS[name], networks)
             rows[name] = row
+            predictions[name] = classes
             path = out / f"samples-{name}.npz"
             acwgan.save_samples(path, drawn[name], labels, **classes)
         labels = labels[:CW_DIGITS]
@@ -596,13 +623,14 @@ def main(argv=None):
         least = carlini_wagner(networks.target, start, (labels + 1) % CLASSES)
         least = (least * 255).round() / 255
         drawn["carlini-wagner"] = least
-        row, _ = measure(least, start, labels, VARIANTS["original"], networks)
+        row, classes = measure(least, start, labels, VARIANTS["original"], networks)
         rows["carlini-wagner"] = row
+        predictions["carlini-wagner"] = classes
         least_l2 = row["l2"]  # 0 where the search finds nothing
         for name, row in rows.items():
             l2 = mean_l2(drawn[name][:CW_DIGITS] - start)
             row["l2_over_cw"] = l2 / least_l2 if least_l2 else None
-        write_figures(out, drawn)
+        write_figures(out, drawn, predictions)
         facts.update(device=str(device), accuracy=rates)
         record = common.write_results(args, {"rows": rows}, **facts)
     print_report(dataset, rates, rows)
