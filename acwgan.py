@@ -9,7 +9,7 @@ often an independent classifier predicts the requested class and how far samples
     python acwgan.py --resume                     continue an interrupted training
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-A training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
+Training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
 samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and results.json. With
 --sample, the script writes drawn.npz and drawn.png only.
 """
@@ -41,7 +41,7 @@ SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv
 # the same in every run, so that runs can be compared
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
-# A training only goes on from a checkpoint that was made with equal values of these flags.
+# A run resumes only from a checkpoint made with the same values of these flags.
 MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "generator_lr")
 MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
 
@@ -61,8 +61,9 @@ def settings(argv=None):
     add("--epochs", type=count, default=3, help="passes over the images (log: 13)")
     add("--batch-size", type=number(int, 2), default=32, help="images per step (log: 64)")
     add("--critic-steps", type=count, default=1, help="per generator step (log: 5)")
-    add("--critic-lr", type=rate, default=2e-3, help="step size at first (log: 1e-4)")
-    add("--generator-lr", type=rate, default=4e-3, help="step size at first (log: 1e-4)")
+    text = "initial learning rate (log: 1e-4)"
+    add("--critic-lr", type=rate, default=2e-3, help=text)
+    add("--generator-lr", type=rate, default=4e-3, help=text)
     add("--beta2", type=decay, default=0.99, help="Adam's second beta (log: 0.9)")
     add("--latent", type=number(int, 11), default=74, help="generator inputs (log: 100)")
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
@@ -211,7 +212,7 @@ def critic_loss(critic, real, labels, fake, penalty=10.0, penalty_share=1.0):
 
 
 def generator_loss(critic, fake, labels):
-    """Auxiliary loss of fake images (N, 1, S, S) and the labels (N,) asked for - mean score."""
+    """Auxiliary loss of fake images (N, 1, S, S) for the labels (N,), minus their mean score."""
     scores, logits = critic(fake)
     return F.cross_entropy(logits, labels) - scores.mean()
 
@@ -225,7 +226,7 @@ def require_finite(path, content, advice):
 
 
 def load_checkpoint(path):
-    """Read the checkpoint of a training."""
+    """Read the checkpoint of a training run."""
     advice = "choose another --out, or train anew with --force"
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
     require_finite(path, checkpoint, advice)
@@ -248,7 +249,7 @@ def open_checkpoint(args, dataset, n):
                 2,
             )
         return checkpoint
-    # --resume takes over these values too, unless they are given anew
+    # --resume also restores these values, unless they are given as flags
     for name in ("data", "device", "samples", "inception"):
         settings[name] = getattr(args, name)
     total = n // args.batch_size * args.epochs
@@ -283,7 +284,7 @@ def update_average(average, generator, decay):
 def train(args, checkpoint, images, labels):
     """Train to the end on images (N, 1, 28, 28) in [0, 1], labels (N,); returns the average.
 
-    It goes on from `checkpoint`, and brings it up to date in memory and in --out.
+    It continues from `checkpoint` and keeps it up to date, in memory and in --out.
     """
     device = images.device
     torch.manual_seed(args.seed)
@@ -310,12 +311,12 @@ def train(args, checkpoint, images, labels):
     steps_per_epoch = total // args.epochs
     start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
-    if args.force:  # or --resume would go on with the old training
+    if args.force:  # otherwise --resume would continue the old run
         (args.out / "checkpoint.pt").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
         position = step % steps_per_epoch
         if position == 0 or step == first_step:
-            # each epoch has its own seed, so that a training can resume within it
+            # each epoch has its own seed, so that a run can resume within it
             stream = torch.Generator()
             stream.manual_seed(args.seed * 1_000_003 + step // steps_per_epoch)
             order = torch.randperm(len(images), generator=stream).to(device)
@@ -323,7 +324,7 @@ def train(args, checkpoint, images, labels):
         real = resize(images[batches[position]], args.image_size)
         y = labels[batches[position]]
 
-        # both step sizes fall linearly to zero
+        # both learning rates fall linearly to zero
         critic_adam.param_groups[0]["lr"] = args.critic_lr * (1 - step / total)
         generator_adam.param_groups[0]["lr"] = args.generator_lr * (1 - step / total)
 
@@ -340,7 +341,7 @@ def train(args, checkpoint, images, labels):
         losses["generator"].backward(inputs=list(generator.parameters()))
         generator_adam.step()
 
-        # the average is short at first: a long one would keep the noise of the start
+        # the average is short at first: a long one would retain the initial noise
         update_average(average, generator, min(args.average, 1 - 8 / (step + 9)))
 
         if step % LOG_EVERY == 0:
@@ -394,9 +395,9 @@ def generate(generator, labels, seed):
 def train_classifier(network, images, labels, settings, attack=None):
     """Train a classifier on images (N, 1, 28, 28) in [0, 1] with labels (N,) int64.
 
-    `settings` holds seed, epochs and lr, the highest step size of one cycle (Smith & Topin 2018,
-    arXiv 1708.07120); it may hold shift, by how many pixels images are moved at most, and the
-    labels' smoothing. With attack(network, images, labels) -> images, it trains on their result.
+    `settings` holds seed, epochs and lr, the peak of a one-cycle schedule (Smith & Topin 2018,
+    arXiv 1708.07120); optionally shift, the largest random shift in pixels, and label smoothing.
+    If given, attack(network, images, labels) -> images is applied to each batch first.
     """
     shift = settings.get("shift", 0)
     n = len(images)
@@ -428,8 +429,8 @@ def train_classifier(network, images, labels, settings, attack=None):
 def cached_classifier(path, network, images, labels, settings, attack=None):
     """`network`, trained by `train_classifier` with these arguments, frozen and in eval mode.
 
-    If `path` was saved with equal `settings`, plain values that say all that shapes the weights,
-    they are loaded from there, else trained and saved. Raises Failure for a damaged file.
+    `settings` are plain values that fix all that shapes the weights. If `path` was saved with equal
+    ones, the weights are loaded from it, else trained and saved. Raises Failure for a damaged file.
     """
     cached = {}
     if path.exists():
@@ -483,16 +484,16 @@ def frechet(x, y):
 
 
 def accuracy(classifier, images, labels):
-    """The rate of images (N, 1, 28, 28) to which the classifier gives their labels (N,)."""
+    """The rate at which the classifier predicts the labels (N,) of images (N, 1, 28, 28)."""
     hits = predict(classifier, images).argmax(1) == labels
     return common.wilson(hits.sum(), len(hits))
 
 
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
-    """Draw and save the samples, classes equally often; returns the results.
+    """Draw and save the samples, equally many per class; returns the results.
 
-    The Frechet distance is that of other samples, which have the classes of the held-out real
-    images. The distance of these images themselves is what it can be compared with.
+    The Frechet distance is that of other samples, drawn for the labels of the held-out real images.
+    The distance of those images themselves is its baseline.
     """
     requested = torch.arange(args.samples, device=images.device) % CLASSES
     samples = generate(generator, requested, args.seed)
@@ -575,7 +576,7 @@ def main(argv=None):
         n = len(images)
         # a covariance needs two of the held-out images, which are a sixth
         if n < max(args.batch_size, 12):
-            raise common.Failure(f"{n} images are fewer than --batch-size, or than 12", 2)
+            raise common.Failure(f"{n} images are too few: under 12, or --batch-size", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         if args.inception:  # before the training, so that a failure is noticed
             weights = Path(args.data, common.INCEPTION)

@@ -6,9 +6,9 @@ gives attackers a wrong gradient: see `InplaceABN1012`.
 
     python asl_model.py --image photo.jpg           print the labels of a photo
     python asl_model.py --evaluate --dataset coco   measure mAP, precision (OP) and recall (OR)
-    python asl_model.py --train --arch resnet18     train on COCO; 45 minutes for 40,000 photos
+    python asl_model.py --train --arch resnet18     train on COCO; 40 minutes for 40,000 photos
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
-    python asl_model.py --resume                    continue a training that was stopped
+    python asl_model.py --resume                    continue an interrupted training run
 
 Writes results.json into --out; --train also checkpoint.pt, history.csv and the network with the
 best mAP on images held out of training, <arch>-<dataset>.pth.
@@ -56,13 +56,13 @@ OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
 GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
 HELD_OUT_EVERY = 20  # photos of train2017
-HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # it chooses the best network
+HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # selects the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
-HEAD_LR = 10  # times --lr, while a network learns its last layer alone
-EVALUATIONS = 5  # in a training
+HEAD_LR = 10  # times --lr, while only the last layer is trained
+EVALUATIONS = 5  # per training run
 SAVE_EVERY = 200  # steps
-# what a training depends on
+# what a training run depends on
 PLAN = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr", "limit", "seed")
 PLAN += ("weights",)
 COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
@@ -77,9 +77,9 @@ def settings(argv=None):
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
   resnet18, resnet50  --image-size 128 --epochs 2 --batch-size 64 --lr 1e-4
-  --train             --arch tresnet_m, on scenes tresnet_s; --weights of a resnet ImageNet's
-  else                --weights the newest in runs/asl_model, else the published ones; their size
-where the last layer is new, it learns alone in the first epoch, 10 times as fast"""
+  --train             --arch tresnet_m (scenes: tresnet_s); a resnet from ImageNet's weights
+  else                the newest weights in runs/asl_model, or the published ones; at their size
+a new last layer is first trained alone for one epoch, at 10 times the learning rate"""
     add = p.add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
@@ -88,12 +88,12 @@ where the last layer is new, it learns alone in the first epoch, 10 times as fas
     add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
     add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
     add("--image-size", type=common.number(int, 32, 1024), metavar="N", help="pixels")
-    text = "a label is present where its probability is larger; ASL's code has 0.8"
+    text = "probability above which a label is present; ASL's code has 0.8"
     add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
     add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
-    add("--lr", type=common.number(float, 1e-12), help="Adam's largest step size")
+    add("--lr", type=common.number(float, 1e-12), help="Adam's peak learning rate")
     args = p.parse_args(argv)
     for path in (args.image, args.weights):  # before anything is downloaded
         if path and not Path(path).is_file():
@@ -210,7 +210,7 @@ class TResNet(nn.Module):
         nn.init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
-        # the stem: 4x4 pixels become one of 48 channels, those of a pixel side by side
+        # the stem: 4x4 pixels become one position of 48 channels, a pixel's three side by side
         x = F.pixel_unshuffle(images, 4).unflatten(1, (3, 16))
         x = x.transpose(1, 2).flatten(1, 2)
         x = self.body(x.contiguous(memory_format=torch.channels_last))
@@ -256,7 +256,7 @@ def fold(network):
 
 
 class SkippedDerivative(torch.autograd.Function):
-    """An activation, in place or not, whose backward pass hands on the gradient as it comes."""
+    """An activation, in place or not, whose backward pass passes the gradient on unchanged."""
 
     @staticmethod
     def forward(ctx, x, function, args, kwargs):
@@ -272,16 +272,16 @@ class SkippedDerivative(torch.autograd.Function):
 
 
 def mark_normalised(_module, _inputs, output):
-    """Mark the output of a batch norm, as it is now: operations in place raise its version."""
+    """Mark a batch norm's output at its current version, which in-place operations raise."""
     if not output.is_inference():
         output.normalised_version = output._version
     return output
 
 
 class SkipDerivatives(torch.overrides.TorchFunctionMode):
-    """Within, the `first` activations (None: all) skip their derivative in the backward pass.
+    """In this mode, the `first` activations (None: all) skip their derivative in the backward pass.
 
-    Counted is what InPlace-ABN could have replaced: leaky ReLU, ELU, and ReLU of a batch norm.
+    Those that InPlace-ABN could have replaced count: leaky ReLU, ELU, and ReLU after a batch norm.
     """
 
     def __init__(self, first):
@@ -305,10 +305,11 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
 class InplaceABN1012(nn.Module):
     """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
 
-    The ASL repository pinned it. In eval mode its backward pass hands on `dy_act`, the gradient
-    behind the activation, not `dy`, the one before it. Here the first places (`first`; None: all)
-    where InPlace-ABN could have been do so; `places` counts them in the last forward pass. Raises
-    Failure if the first batch's logits change, or if the network is scripted or can't be copied.
+    The ASL repository pinned it. In eval mode its backward pass uses `dy_act`, the gradient at the
+    activation's output, instead of `dy`, the one at its input. So do the first `first` activations
+    here (None: all) that InPlace-ABN could have replaced; `places` counts them in the last forward
+    pass. Raises Failure if the first batch's logits change, or if the network is scripted or can't
+    be copied.
     """
 
     def __init__(self, model, first=None):
@@ -368,7 +369,7 @@ def coco_weights(data_dir):
         return common.download(ZOO + file, Path(data_dir, file))
     except common.Failure as problem:
         raise common.Failure(
-            "no classifier of COCO is here; train one, 45 minutes on two CPU cores: python "
+            "there is no COCO classifier here; train one (40 minutes on two CPU cores): python "
             f"asl_model.py --train --dataset coco --arch resnet18 --limit 40000 ({problem})"
         ) from None
 
@@ -389,7 +390,7 @@ def state_dict_of(content, path="the checkpoint"):
 
 
 def inplace_abn_gammas(state):
-    """Make gamma |gamma| + eps, as InPlace-ABN does (Rota Bulo et al. 2018, arXiv 1712.02616)."""
+    """Replace gamma by |gamma| + eps, as InPlace-ABN does (Rota Bulo et al., arXiv 1712.02616)."""
     converted = dict(state)
     for name in state:
         if name.endswith("running_mean"):
@@ -447,7 +448,7 @@ class AsymmetricLoss(nn.Module):
     """ASL (Ben-Baruch et al. 2020, equation 7): logits (N, L), targets (N, L) 0/1 -> a scalar.
 
     The sum of -(1 - p)^gamma_pos log(p) over positives and -q^gamma_neg log(1 - q) over negatives,
-    with p = sigmoid(logit) and q = max(p - clip, 0); in logarithms, so that no logit is too large.
+    with p = sigmoid(logit) and q = max(p - clip, 0); in log space, so that no logit is too large.
     """
 
     def __init__(self, gamma_neg=4, gamma_pos=1, clip=0.05):
@@ -465,7 +466,7 @@ class AsymmetricLoss(nn.Module):
         log_clip = log_p.new_tensor(self.clip).log()
         # 1 - q = min(1 - p + clip, 1)
         log_1_q = torch.logaddexp(log_1_p, log_clip).clamp(max=0)
-        # 1 - p and q, above zero, where a power below 1 has no gradient
+        # 1 - p and q, kept above zero, where a power below 1 has no finite gradient
         not_p = -torch.expm1(log_p).clamp(max=-1e-30)
         q = -torch.expm1(log_1_q).clamp(max=-1e-30)
         positive = targets * not_p**self.gamma_pos * log_p
@@ -486,7 +487,7 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
     """`n` scenes of one to five digits of `source`: mnist, glyphs or auto; raises Failure.
 
     Each digit has its own colour, size and cell of a 3x3 grid. Returns images (n, 3, S, S) float32
-    in [0, 1] and labels (n, 10) float32, 1 for those present; the same for a `seed`, for any `n`.
+    in [0, 1] and labels (n, 10) float32, 1 for those present; scene i does not depend on `n`.
     """
     digits, classes = scene_digits(source, data_dir, split)[1:]
     rng = np.random.default_rng([seed, len(split)])
@@ -511,8 +512,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos`, of the first `limit` those with a label; `split` val2017, train2017, or
-    of the latter held-out, every 20th, or train, the others.
+    coco: `common.Photos`, those of the first `limit` that have a label; `split` val2017, train2017,
+    held-out (every 20th photo of train2017) or train (its other photos).
     Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
@@ -526,7 +527,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         part = "val2017" if split == "val2017" else "train2017"
         images, labels, known = common.load_coco(data_dir, image_size, limit, part)
         rows = labels.any(1).nonzero()[:, 0]
-        # whatever the seed and the limit, so that a later training holds out the same photos
+        # independent of seed and limit, so that a later run holds out the same photos
         if split == "held-out":
             rows = rows[::HELD_OUT_EVERY]
         elif split == "train":
@@ -558,9 +559,10 @@ def read_batches(images, batches):
 
 
 def augment(images, seeds):
-    """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as the log trained.
+    """Cutout (arXiv 1708.04552), then RandAugment (1909.13719), as in the log's training.
 
-    Images (N, 3, S, S) float32 in [0, 1], and a seed for each -> the same. Not for threads.
+    Images (N, 3, S, S) float32 in [0, 1], and a seed for each -> images of the same shape and
+    range. Not thread-safe.
     """
     size = images.shape[-1]
     side = size // 2  # of the square that is cut out
@@ -581,7 +583,7 @@ def augment(images, seeds):
 
 
 def starting_network(args, names):
-    """(The network that a training for the classes `names` starts from, its epochs of the head).
+    """(Network from which training for the classes `names` starts, epochs of its last layer alone).
 
     In these first epochs the last layer learns alone: a new one, whose weights are random, would
     undo what the other layers have learnt.
@@ -615,7 +617,7 @@ def training_batches(args, images, labels, steps):
         if args.dataset == "coco":
             epoch = step // per_epoch
             seeds = [hash((args.seed, epoch, row)) % 2**63 for row in rows.tolist()]
-            # a ResNet, which starts from learnt weights, has too few epochs to profit
+            # a ResNet starts from learnt weights and trains for too few epochs to benefit
             if ARCHITECTURES[args.arch].blocks:
                 batch = augment(batch, seeds)
             mirrored = torch.tensor(seeds) % 2 == 1
@@ -624,7 +626,7 @@ def training_batches(args, images, labels, steps):
 
 
 def training_checkpoint(path, args):
-    """The same training's checkpoint at `path`, or a new one; raises Failure for another's."""
+    """This run's checkpoint at `path`, or a new one; raises Failure if it is another run's."""
     flags = {name: getattr(args, name) for name in PLAN}
     if args.dataset == "scenes":
         flags["digits"] = scene_digits("auto", args.data, "train")[0]
@@ -637,7 +639,7 @@ def training_checkpoint(path, args):
 
 
 def learning_rate(largest, step, head_steps, total):
-    """The learning rate of a step: falling at first, then of one cycle (Smith & Topin 2018)."""
+    """The learning rate of a step: falling for the head, then one cycle (Smith & Topin 2018)."""
     if step <= head_steps:
         return HEAD_LR * largest * (1 - (step - 1) / head_steps)
     # up for a fifth of the training, then down, along cosines
@@ -647,9 +649,9 @@ def learning_rate(largest, step, head_steps, total):
 
 
 def train(args, device, names):
-    """Train a network for the classes `names`, or go on; returns its path and its images' number.
+    """Train a network for the classes `names`, or resume; returns (its path, number of images).
 
-    Raises Failure if --out holds another one, if there are too few images, and if it diverges.
+    Raises Failure if --out holds another run, if there are too few images, and if it diverges.
     """
     path = args.out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, args)
@@ -695,7 +697,7 @@ def train(args, device, names):
     bar = common.progress(
         batches, "training, in images", total, initial=done, unit_scale=n
     )
-    if args.force:  # or --resume would go on with the old training
+    if args.force:  # otherwise --resume would continue the old run
         path.unlink(missing_ok=True)
     for step, (batch, targets) in enumerate(bar, done + 1):
         for name, weight in network.named_parameters():
@@ -806,7 +808,7 @@ def main(argv=None):
     with common.hold(args.out):
         part = "test" if scenes else args.split or "val2017"
         size = args.image_size
-        if args.train:  # what measures the network is loaded first, and has its classes
+        if args.train:  # the evaluation data is loaded first, as it gives the classes
             names = load_data(
                 args.dataset, args.data, size, part, None, args.limit, args.seed
             )[2]
@@ -842,4 +844,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "interrupted; a training continues with --resume")
+    common.run(main, "interrupted; continue a training run with --resume")

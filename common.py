@@ -47,7 +47,7 @@ class Failure(Exception):
 
 
 def run(main, interrupted="interrupted"):
-    """Run `main()` as a script: an error ends it in one line on stderr and an exit code."""
+    """Run `main()` as a script: an error ends it with one line on stderr and an exit code."""
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every letter
     code = 1
     try:
@@ -71,7 +71,7 @@ def run(main, interrupted="interrupted"):
 class HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
-    """Shows every flag's default, but not that a switch is off or a value None."""
+    """Shows every flag's default, except for switches and None."""
 
     def _get_help_string(self, action):
         if action.default is None or action.nargs == 0:
@@ -108,7 +108,7 @@ def parser(description, out, datasets, dataset_help, limit_help):
         default="auto",
         help="where networks run",
     )
-    add("--force", action="store_true", help="overwrite other settings' files")
+    add("--force", action="store_true", help="overwrite files made with other settings")
     return p
 
 
@@ -123,7 +123,7 @@ def pick_device(name):
         return torch.device(name)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: one GPU per process
     if rank >= torch.get_device_module(name).device_count():
-        raise Failure(f"--device {name}: process {rank} has none; use --device cpu", 2)
+        raise Failure(f"--device {name}: none for process {rank}; use --device cpu", 2)
     if name == "cuda":
         torch.cuda.set_device(rank)
     return torch.device(name, rank)
@@ -189,7 +189,7 @@ def load_checkpoint(path, advice, kind=None):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds
         blocked = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = "is absent, damaged, or no torch file"
+        reason = "is absent, damaged, or not a torch file"
         if blocked:
             reason = f"holds {blocked[1]}, an unsafe type; save its state dict alone"
         raise Failure(f"{path} {reason}; {advice}") from None
@@ -237,7 +237,7 @@ def print_table(head, rows):
 
 
 def write_csv(path, rows):
-    """Write dictionaries that have the same keys, such as a training's losses, as a CSV file."""
+    """Write dictionaries that have the same keys, such as the losses of a run, as a CSV file."""
     with whole_file(path) as file, io.TextIOWrapper(file, newline="") as text:
         writer = csv.DictWriter(text, rows[0])
         writer.writeheader()
@@ -278,7 +278,7 @@ def download(url, path, sha256=""):
             content = b"".join(progress(blocks, path.name, size / 2**20, delay=5))
         digest = hashlib.sha256(content).hexdigest()
         if len(content) < size or not digest.startswith(sha256):
-            raise OSError("not the whole file, or another one")
+            raise OSError("the file is incomplete or not the expected one")
     except Exception as problem:  # urllib raises many kinds
         raise Failure(f"{url}: {problem}; put that file at {path} yourself") from None
     with whole_file(path) as file:
@@ -395,8 +395,8 @@ def load_mnist(data_dir, train=True):
             raise ValueError("they are not digits of 28 x 28 pixels with a label each")
     except Exception as problem:  # torchvision raises many kinds
         raise Failure(
-            f"{data_dir}/MNIST/raw is absent or damaged ({problem}); "
-            "delete it, or use --dataset glyphs"
+            f"{data_dir}/MNIST/raw could not be downloaded, or is damaged ({problem}); "
+            "delete what is there, or use --dataset glyphs"
         ) from None
     return digits.data[:, None] / 255, digits.targets
 
@@ -404,7 +404,7 @@ def load_mnist(data_dir, train=True):
 def glyphs(n, seed=0):
     """`n` digits in Pillow's built-in font, of random stroke, rotation, shear, scale and position.
 
-    Returns what `load_mnist` does, the classes in turn; the same for a `seed`, whatever `n`.
+    Returns what `load_mnist` does, the classes in turn; digit i depends on `seed`, not on `n`.
     """
     font = ImageFont.load_default(40)
     move = transforms.RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
@@ -430,7 +430,7 @@ def load_digits(name, data_dir, train=True, limit=None):
         except Failure as problem:
             if name == "mnist":
                 raise
-            warning = "GLYPHS are drawn instead: no number is a result on MNIST."
+            warning = "GLYPHS are drawn instead: these are not results on MNIST."
             print("WARNING " * 12, problem, warning, sep="\n", file=sys.stderr)
     size = 60_000 if train else 10_000
     return "glyphs", *glyphs(limit or size, seed=0 if train else 1)
@@ -439,8 +439,8 @@ def load_digits(name, data_dir, train=True, limit=None):
 class Photos(Dataset):
     """Photos read when asked for: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
 
-    Each is turned as its EXIF says, laid on white where transparent, and made a tensor by
-    `transform`; None squashes it to `image_size` pixels. Raises Failure for unreadable ones.
+    Each is rotated as its EXIF says, put on white where transparent, and converted by `transform`;
+    None squashes it to `image_size` pixels. Raises Failure for unreadable ones.
     """
 
     def __init__(self, paths, image_size, transform=None):
@@ -458,13 +458,13 @@ class Photos(Dataset):
             with Image.open(self.paths[i]) as image:
                 if image.mode[0] in "IF":
                     raise ValueError("its pixels have more than 8 bits; convert it")
-                image.getexif()  # is remembered; Pillow could not write all EXIF back
+                image.getexif()  # cached here: Pillow can't write every tag back
                 image.info.pop("exif", None)
                 image = ImageOps.exif_transpose(image).convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return self.transform(image.convert("RGB"))
         except Exception as problem:  # Pillow raises many kinds
-            raise Failure(f"{self.paths[i]} is no readable photo: {problem}") from None
+            raise Failure(f"{self.paths[i]} is not a readable photo: {problem}") from None
 
 
 COCO_URL = "http://images.cocodataset.org/"
@@ -494,15 +494,15 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         row_of = dict(zip(files, labels, strict=True))
         for note in content["annotations"]:
             row_of[note["image_id"]][classes.index(names[note["category_id"]])] = 1
-        # a name's folders are dropped: no photo may be written elsewhere
+        # folders in a file name are dropped, so that no photo lands elsewhere
         paths = [folder / split / Path(file).name for file in files.values()]
         if not 0 < len(set(paths)) == len(content["images"]):
             raise ValueError("it has no photo, or one twice")
     except Failure:
         raise
-    except Exception as problem:  # of as many kinds as there are damages
+    except Exception as problem:  # a damaged file can raise almost anything
         raise Failure(
-            f"{path} is not in COCO's format ({problem!r}); mend it, or delete it for COCO's"
+            f"{path} is not in COCO's format ({problem!r}); fix it, or delete it for a new copy"
         ) from None
     paths = paths[:limit]
     urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]

@@ -4,10 +4,10 @@ PGD changes each pixel by at most eps, so that a classifier gives the answer the
 the log, PGD switched off nearly every label of a multi-label classifier (week 3), barely moved an
 ImageNet classifier on COCO photos (week 4), and lost labels when it asked for more donuts (week 5).
 The likely cause is a wrong gradient (asl_model.inplace_abn_1_0_12). This script runs the logged
-attacks with the wrong and the right gradient, beside uniform noise and beside `margin`, an attack
+attacks with the wrong and the right gradient, alongside uniform noise and `margin`, an attack
 that switches one label and keeps the others.
 
-    python pgd_attack.py                             margin on scenes of digits; no download
+    python pgd_attack.py                             margin on scenes of digits; needs only MNIST
     python pgd_attack.py --dataset coco --model asl --target person
     python pgd_attack.py --week 5                    or 3; on scenes, or with --dataset coco
     python pgd_attack.py --week 4                    on digits; on photos with --model resnet18
@@ -79,7 +79,7 @@ def fraction(text):
     if 0 < value <= 1:
         return value
     raise argparse.ArgumentTypeError(
-        f"{text!r} is not above 0 and up to 1; 8 of 255 grey levels are 8/255"
+        f"{text!r} is not above 0 and at most 1; write 8 of 255 grey levels as 8/255"
     )
 
 
@@ -95,43 +95,45 @@ def flags():
     add = p.add_argument
     count = common.number(int, 0)
     mode = p.add_mutually_exclusive_group()
-    text = "run the attacks of this week of the log, beside the corrected one"
+    text = "run this week's logged attacks and the corrected one"
     mode.add_argument("--week", type=int, choices=(3, 4, 5), help=text)
-    text = "attack with eps from 0.25/255 to 16/255, beside two controls"
+    text = "attack with eps from 0.25/255 to 16/255, alongside two controls"
     mode.add_argument("--sweep", action="store_true", help=text)
     text = "run week 5's attack, skipping progressively more activation derivatives"
     mode.add_argument("--dose", action="store_true", help=text)
     add("--image", type=Path, metavar="FILE", help="attack this photo")
     text = "asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 digits)"
     add("--model", help=text)
-    text = "checkpoint of --model (the one trained here, else the published one)"
+    text = "checkpoint of --model (default: the one trained here, else the published one)"
     add("--weights", type=Path, metavar="FILE", help=text)
-    text = "gradient that the attack uses (right)"
+    text = "gradient that the attack uses (default: right)"
     add("--gradient", choices=("right", INPLACE_ABN), help=text)
     splits = ("val2017", "train2017")
     add("--split", choices=splits, default="val2017", help="part of COCO")
     add("--augment", action="store_true", help="augment COCO's photos as in training")
     text = (
-        "label or class that the attack is about (person; week 5 and --dose: dining table; "
-        "scenes 8; digits 3; torchvision: night snake)"
+        "label or class that the attack targets (default: person; week 5 and --dose: dining "
+        "table; scenes: 8; digits: 3; torchvision: night snake)"
     )
     add("--target", metavar="NAME", help=text)
-    text = "how the target label is to change (flip; with --week and --dose on)"
+    text = "how the target label is to change (default: flip; with --week or --dose: on)"
     add("--direction", choices=("on", "off", "flip"), help=text)
-    add("--loss", choices=LOSSES, help="loss of the attack (margin)")
+    add("--loss", choices=LOSSES, help="loss of the attack (default: margin)")
     text = "probability above which a label is present"
     add("--threshold", type=common.number(float, 0.001, 0.999), default=0.5, help=text)
     text = (
-        "largest change of a pixel, on the [0, 1] scale (8/255; digits 0.3; scenes 0.1)"
+        "largest change of a pixel, on the [0, 1] scale (default: 8/255; digits: 0.3; "
+        "scenes: 0.1)"
     )
     add("--eps", type=fraction, help=text)
-    add("--alpha", type=fraction, help="step size, on the same scale (2/255)")
-    add("--steps", type=common.number(int, 1), help="most steps per image and try (40)")
-    text = "further tries of margin, each with half the step size (4)"
+    add("--alpha", type=fraction, help="step size, on the same scale (default: 2/255)")
+    text = "maximum steps per image and try (default: 40)"
+    add("--steps", type=common.number(int, 1), help=text)
+    text = "further tries of margin, each with half the step size (default: 4)"
     add("--restarts", type=count, help=text)
-    text = "images whose pixels adversarial.npz holds"
+    text = "number of images that adversarial.npz holds"
     add("--save", type=count, default=16, metavar="N", help=text)
-    text = "images per batch (16 photos, else 256)"
+    text = "images per batch (default: 16 photos, else 256)"
     add("--batch-size", type=common.number(int, 1), help=text)
     return p
 
@@ -237,8 +239,8 @@ def pgd(
     callable (logits, targets) -> bool (N,).
     random_start: start from a uniformly random point within eps, by torch's global generator.
     start: images to start from, such as those of an earlier attack; None: `images`.
-    momentum: share of the previous direction, for gradients of equal L1 norm (Dong et al. 2018,
-    arXiv 1710.06081, equation 6).
+    momentum: decay of the accumulated direction, to which gradients of equal L1 norm are added
+    (Dong et al. 2018, arXiv 1710.06081, equation 6).
 
     Returns the adversarial images: same shape, within eps of `images` and within `clip`.
     Raises ValueError for images outside `clip` or sizes that make no sense, and common.Failure if
@@ -326,7 +328,7 @@ def goal_reached(logits, targets):
 
 
 def gradient_error(model, images, directions=4, step=1e-9):
-    """How far a network's gradient in its input is off: near 0 if right, near 1 or more if wrong.
+    """How far the gradient of a network's logits is off: near 0 if right, 0.6 or more if wrong.
 
     Compares autograd with central differences of `step` at the first of `images` (N, C, H, W) in
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
@@ -388,12 +390,12 @@ def softmax_ce(logits, wanted, target, threshold):
 
 
 def bce(logits, wanted, target, threshold):
-    """Logged on 11 June, 17 minutes before week 3's entry: sigmoid and cross-entropy of labels."""
+    """Logged on 11 June, 17 minutes before week 3's entry: binary cross-entropy of sigmoids."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
 def softmax_bce(logits, wanted, target=None, threshold=None):
-    """Weeks 4 and 5: binary cross-entropy of a softmax, whose labels compete for a sum of 1.
+    """Weeks 4 and 5: binary cross-entropy of a softmax; labels compete, as they sum to 1.
 
     As torch computes it, with log(p) cut at -100; but torch refuses wanted values outside [0, 1],
     such as the raw logits that the log's week 4 used as the wanted values.
@@ -436,12 +438,13 @@ class Row(NamedTuple):
     """An attack: a row of a week's table."""
 
     name: str
-    loss: str | None  # one of LOSSES, or of week 4's; None: uniform noise of size eps
+    # one of LOSSES, or of week 4's; None: uniform noise of size eps (week 4: clipping alone)
+    loss: str | None
     eps: float
     gradient: str = "right"
     alpha: float = 2 / 255
     steps: int = 40
-    restarts: int | None = None  # None: every step is taken, also by finished images
+    restarts: int | None = None  # None: every step is taken, even for finished images
     places: int | None = None  # how many derivatives INPLACE_ABN skips; None: all
 
 
@@ -506,7 +509,7 @@ def rows_of(args):
 
 
 class Task(NamedTuple):
-    """What an attack is about: which label or class, and what is to become of it."""
+    """An attack's target label or class, and how it is to change."""
 
     names: list  # the classes, in the order of the network's outputs
     target: int
@@ -717,7 +720,7 @@ def label_index(name, names):
 
 
 def own_network(spec):
-    """(Network, class names) from the user's FILE.py:FUNCTION, after a try; or Failure."""
+    """(Network, class names) from the user's FILE.py:FUNCTION, after a trial run; or Failure."""
     path, _, function = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
@@ -772,7 +775,7 @@ def torchvision_network(name, path, data_dir):
             torch.hub.set_dir(folder)  # where torchvision looks before it downloads
             network = models.get_model(name, weights=weights)
     except (RuntimeError, AttributeError) as problem:
-        text = f"{path} is no state dict of torchvision's {name}; {advice}: {problem}"
+        text = f"{path} is not a state dict of torchvision's {name}; {advice}: {problem}"
         raise common.Failure(text) from None
     finally:
         torch.hub.set_dir(hub)
@@ -860,7 +863,7 @@ def load_single_label(args, device):
     """Week 4's Subject on photos, with a classifier of torchvision's."""
     network, weights = torchvision_network(args.model, args.weights, args.data)
     if args.weights:
-        print(f"{args.weights} is not the file that torchvision publishes")
+        print(f"{args.weights} is used instead of torchvision's published weights")
     names = weights.meta["categories"]
     truth = None
     description = f"COCO {args.split}"
@@ -907,7 +910,7 @@ def captions(before, after, task):
 
 
 def figure(title, outcomes, shown, task):
-    """One image, clean and by some attacks {name: eps}, the changes on one scale, and the labels.
+    """One image, clean and after some attacks {name: eps}, the changes on one scale, the labels.
 
     It is the first saved image that lacks the target, if there is one.
     """
@@ -1014,7 +1017,7 @@ def gradient_cosines(networks, images, task):
 def check_gradients(network, rows, image):
     """Print whether the attacked networks' gradients are right at an image (3, S, S).
 
-    Returns {"gradient_error": ..., and, if a row's is imitated, "wrong_gradient_error", "places"}.
+    Returns {"gradient_error"} and, if a row has the wrong gradient, its error and its places.
     """
     checked = {"gradient_error": network}
     numbers = {}
@@ -1030,16 +1033,17 @@ def check_gradients(network, rows, image):
             numbers[name] = math.nan
         verdict = "the gradient is right"
         if math.isnan(numbers[name]):
-            verdict = "WARNING: not checked: the output is random, flat or not in float64"
+            verdict = "WARNING: not checked: the output is random, flat, or not float64"
         elif numbers[name] > 0.01:
             verdict = "WARNING: the gradient is WRONG"
         print(
             f"{name}, autograd against central differences: {numbers[name]:.2g}; {verdict}"
         )
     if "places" in numbers:
-        print(f"it skips the derivatives of {numbers['places']} activations")
+        places = numbers["places"]
+        print(f"the wrong gradient skips the derivatives of {places} activations")
         if numbers["places"] == 0:
-            print("WARNING: this network has none to skip, so that gradient is right")
+            print("WARNING: this network has none to skip: its wrong gradient is right")
     return numbers
 
 
@@ -1102,7 +1106,7 @@ class Outcome(NamedTuple):
 
 
 def weights_digest(network):
-    """A hash of a network's weights, which tells two trainings apart."""
+    """A hash of a network's weights, which tells two training runs apart."""
     digest = hashlib.sha256()
     for weight in [*network.parameters(), *network.buffers()]:
         digest.update(weight.detach().cpu().double().numpy().tobytes())
@@ -1196,8 +1200,8 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
 def main(argv=None):
     """Attack, write the files, print; returns the record (None in torchrun's other processes).
 
-    Each of torchrun's processes attacks every so many batches. A batch and its random numbers are
-    the same for any number of processes.
+    Each of torchrun's n processes attacks every n-th batch. A batch and its random numbers are the
+    same for any number of processes.
     """
     args = settings(argv)
     device = common.pick_device(args.device)

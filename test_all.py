@@ -239,7 +239,7 @@ def test_a_download_is_the_whole_file_or_leaves_nothing(tmp_path, monkeypatch):
         common.download(url, path, "00")
     answer = io.BytesIO(b"content")
     answer.headers = {"Content-Length": "8"}
-    with monkeypatch.context() as patch, refused("whole file"):
+    with monkeypatch.context() as patch, refused("incomplete"):
         urlopen = Mock(return_value=answer)
         patch.setattr("urllib.request.urlopen", urlopen)
         common.download(url, path)
@@ -1692,7 +1692,7 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
 def test_coco_weights_are_own_ones_then_published_then_a_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asl_model, "ZOO", NOWHERE)
-    with refused("--train --dataset coco --arch resnet18", "45 minutes"):
+    with refused("--train --dataset coco --arch resnet18", "40 minutes"):
         asl_model.coco_weights(tmp_path)
     published = tmp_path / "MS_COCO_TRresNet_M_224_81.8.pth"
     published.touch()

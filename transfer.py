@@ -7,7 +7,7 @@ This script repeats both, changes one thing per row, and ends with digits that t
 takes for the next class, while independent judges still read their own.
 
     python acwgan.py && python transfer.py      train week 1's generator, then every row
-    python transfer.py --variant ours --force   train one again; the others stay in the report
+    python transfer.py --variant ours --force   retrain one row; the others stay in the report
 
 Writes generator-<row>.pt, samples-<row>.npz, figures, results.json and the classifiers into --out.
 """
@@ -37,13 +37,13 @@ class Variant(NamedTuple):
     start: str  # what the generator starts from, see `new_generator`
     weights: dict  # of the terms of the loss, see `loss_term`
     rounds: int = 1  # generator steps, in multiples of --steps
-    # the learning rate; times 800 steps: a quarter of the log's 1e-4 times 94,000
+    # times 800 steps, the learning rate is a quarter of the log's 1e-4 times 94,000
     lr: float = 3e-3
     betas: tuple = (0.0, 0.9)  # of Adam, as in the log
     scheduled: bool = False  # the learning rate falls, the euclidean weight rises
     target: str = "target"  # the classifier to be fooled
     wanted: int | None = None  # the class to be mistaken for; None: the next class
-    critic_trains: bool = False  # the critic goes on learning
+    critic_trains: bool = False  # whether the critic keeps training
 
 
 APPROACH_1 = {"critic": 1, "auxiliary": 1, "adversarial": 1}  # alpha, beta, gamma
@@ -51,7 +51,7 @@ SCRATCH = Variant("untrained", APPROACH_1, lr=2e-3, target="random_target", want
 OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.2}
 VARIANTS = {
     "original": Variant("original", {}, rounds=0),
-    # approach 1 as logged: nobody loaded the target's weights; then the critic goes on learning
+    # approach 1 as logged: the target's weights were never loaded; then the critic keeps training
     "scratch": SCRATCH,
     "scratch-live": SCRATCH._replace(critic_trains=True),
     # approach 2 as logged: gamma was 0, so nothing asked for adversarial digits, and the FID was
@@ -72,9 +72,9 @@ TARGET_MARGIN = 1.5  # by which the wanted class should lead, see "adversarial h
 ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust hinge"
 LARGEST_CHANGE = 0.85  # of a pixel, by `ours`
 BATCH_SIZE = 64  # digits in a step
-CRITIC_RATE = 1e-3  # learning rate of a critic that goes on learning
+CRITIC_RATE = 1e-3  # learning rate of a critic that keeps training
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
-CW_DIGITS = 200  # that Carlini & Wagner's search changes, which takes seconds each
+CW_DIGITS = 200  # digits for Carlini & Wagner's search, which is slow
 
 
 def settings(argv=None):
@@ -89,7 +89,8 @@ def settings(argv=None):
     rows = list(VARIANTS)
     add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
     number = common.number
-    add("--steps", type=number(int, 1), default=800, help="of a generator; ours: 6 x N")
+    text = "per generator; ours: 6 times as many"
+    add("--steps", type=number(int, 1), default=800, help=text)
     add("--samples", type=number(int, 20), default=10_000, help="digits drawn per row")
     args = parser.parse_args(argv)
     if args.limit == 1:
@@ -203,7 +204,7 @@ class Refiner(nn.Module):
 
 def load_week_1(path, dataset, device=None):
     """Week 1's generator and critic, frozen; its data set and a hash of its weights.
-    Raises Failure if they do not fit, or draw other digits than `dataset`, unless that is auto."""
+    Raises Failure if the checkpoint does not fit, or is not of `dataset` (auto: of any)."""
     advice = f"train one with: python acwgan.py --out {path.parent}"
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
     acwgan.require_finite(path, checkpoint, advice)
@@ -211,7 +212,7 @@ def load_week_1(path, dataset, device=None):
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     week_1 = checkpoint["settings"]
     if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
-        problem = f"does not draw 28 x 28 pixels of --dataset {dataset}"
+        problem = f"does not draw 28 x 28 digits of --dataset {dataset}"
         raise common.Failure(f"{path} {problem}; {advice}", 2)
     generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
     critic = acwgan.Critic(week_1["width"], 28)
@@ -233,7 +234,7 @@ def new_generator(variant, original):
     for module in generator.modules():
         if variant.start == "untrained" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        # as the log's generators, these normalise by the batch, also when they draw
+        # like the log's generators, these use batch statistics even when sampling
         if variant.start != "original" and isinstance(module, nn.BatchNorm2d):
             module.running_mean = None
             module.running_var = None
@@ -248,7 +249,7 @@ def wanted_classes(variant, labels):
 
 
 def margin(logits, labels):
-    """The logit of each label less the largest other one, (N,): above 0, it is the answer."""
+    """Each label's logit minus the largest other one, (N,); above 0, the label is predicted."""
     label = logits.gather(1, labels[:, None])[:, 0]
     return label - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
@@ -271,7 +272,7 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     """The smallest L2 change that a search finds (Carlini & Wagner 2017, arXiv 1608.04644): Adam
     on ||change||^2 + c * hinge on the margin of the wanted classes (N,), in tanh space; each search
     bisects c for each image. An upper bound: more steps find slightly less; changes below some
-    7 * lr are overshot. Images (N, 1, 28, 28) in [0, 1] return unchanged where nothing succeeds."""
+    7 * lr are overshot. Images (N, 1, 28, 28) in [0, 1] return unchanged where all fail."""
     best = images.clone()
     smallest = images.new_full((len(images),), torch.inf)
     low = torch.zeros_like(smallest)
@@ -345,7 +346,7 @@ def measure_classifiers(networks, images, labels):
 
 class FeatureBank:
     """The Frechet distance of generated to real digits in a classifier's features, relative to the
-    variance of the real ones. Earlier batches join a batch, too small alone for a covariance."""
+    variance of the real ones. Earlier batches join in: one alone is too small for a covariance."""
 
     def __init__(self, network, images):
         stream = torch.Generator().manual_seed(0)
@@ -562,9 +563,9 @@ Each row draws digits of a class y, which the target should take for the next cl
 scratch and scratch-live, an untrained classifier should take them for 7. In % of the digits:
   fooled             the classifier does so
   judge, pgd_judge   this judge answers y; whether a person would was not measured
-  both, both (pgd)   fooled and judge, or fooled and pgd_judge, are true of one digit: the aim
+  both, both (pgd)   fooled and judge, or fooled and pgd_judge, hold for the same digit: the aim
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
-least L2 change that fools the target; L2/C&W: relative to it, on the digits that it searched.
+least L2 change that fools the target; L2/C&W: L2 relative to that search's, on the same digits.
 """)
     lines = []
     for name, row in rows.items():
