@@ -594,9 +594,9 @@ def main(argv=None):
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
-        facts = {"dataset": dataset, "dataset_size": n, "device": str(device)}
+        facts = {"dataset": dataset, "dataset_size": n}
         facts["training_seconds"] = checkpoint["seconds"]
-        record = common.write_results(args, results, **facts)
+        record = common.write_results(args, device, results, **facts)
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record
 

@@ -19,6 +19,7 @@ import copy
 import functools
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,7 @@ ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
 GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
-HELD_OUT_EVERY = 20  # photos of train2017
-HELD_OUT = {"coco": "held-out", "scenes": "validation"}  # selects the best network
+HELD_OUT_EVERY = 20  # photos of train2017, which select the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 HEAD_LR = 10  # times --lr, while only the last layer is trained
@@ -106,6 +106,9 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
+        if args.weights and not args.arch:
+            content = common.load_checkpoint(args.weights, "use other --weights")
+            arch = architecture_of(state_dict_of(content, args.weights)) or arch
         row = ARCHITECTURES[arch]
         p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
         p.set_defaults(batch_size=row.batch_size, lr=row.lr)
@@ -399,6 +402,15 @@ def inplace_abn_gammas(state):
     return converted
 
 
+def architecture_of(state):
+    """The name of the architecture whose last layer a state dict has, or None."""
+    for name, row in ARCHITECTURES.items():
+        layer = state.get("head.fc.weight" if row.blocks else "fc.weight")
+        if layer is not None and layer.shape[1:] == (row.features,):
+            return name
+    return None
+
+
 def load_asl(path, arch=None, folded=True):
     """(Network in eval mode, class names in the order of its outputs) of a checkpoint.
 
@@ -410,10 +422,8 @@ def load_asl(path, arch=None, folded=True):
     state = state_dict_of(content, path)
     is_tresnet = "head.fc.weight" in state
     try:
-        n, features = state["head.fc.weight" if is_tresnet else "fc.weight"].shape
-        for name, row in ARCHITECTURES.items():
-            if row.features == features and bool(row.blocks) == is_tresnet:
-                arch = arch or name
+        n = len(state["head.fc.weight" if is_tresnet else "fc.weight"])
+        arch = arch or architecture_of(state)
         network = new_network(arch, n)
         if is_tresnet:
             state = {k: x for k, x in state.items() if "num_batches_tracked" not in k}
@@ -512,8 +522,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos`, those of the first `limit` that have a label; `split` val2017, train2017,
-    held-out (every 20th photo of train2017) or train (its other photos).
+    coco: `common.Photos`, those of the first `limit` that have a label; `split` val2017, train2017.
     Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
@@ -524,16 +533,10 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         )
         known = list("0123456789")
     else:
-        part = "val2017" if split == "val2017" else "train2017"
-        images, labels, known = common.load_coco(data_dir, image_size, limit, part)
+        images, labels, known = common.load_coco(data_dir, image_size, limit, split)
         rows = labels.any(1).nonzero()[:, 0]
-        # independent of seed and limit, so that a later run holds out the same photos
-        if split == "held-out":
-            rows = rows[::HELD_OUT_EVERY]
-        elif split == "train":
-            rows = rows[torch.arange(len(rows)) % HELD_OUT_EVERY > 0]
         if len(rows) == 0:
-            raise common.Failure(f"no photo of {part} has a label; raise --limit", 2)
+            raise common.Failure(f"no photo of {split} has a label; raise --limit", 2)
         images.paths = [images.paths[i] for i in rows]
         labels = labels[rows]
         description = f"labelled photos of COCO {split}"
@@ -582,6 +585,23 @@ def augment(images, seeds):
 # --- training and report
 
 
+def training_data(args, names):
+    """((images, labels) to train on, (images, labels) that select the best network)."""
+    source = {"limit": args.limit, "seed": args.seed, "names": names}
+    source.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
+    if args.dataset == "scenes":
+        train = load_data(split="train", **source)[:2]
+        return train, load_data(split="validation", **source)[:2]
+    images, labels = load_data(split="train2017", **source)[:2]
+    # independent of seed and limit, so that a later run holds out the same photos
+    is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == 0
+    parts = []
+    for rows in (~is_held_out, is_held_out):
+        paths = [images.paths[i] for i in rows.nonzero()[:, 0]]
+        parts.append((common.Photos(paths, args.image_size), labels[rows]))
+    return parts
+
+
 def starting_network(args, names):
     """(Network from which training for the classes `names` starts, epochs of its last layer alone).
 
@@ -628,13 +648,13 @@ def training_batches(args, images, labels, steps):
 def training_checkpoint(path, args):
     """This run's checkpoint at `path`, or a new one; raises Failure if it is another run's."""
     flags = {name: getattr(args, name) for name in PLAN}
-    if args.dataset == "scenes":
-        flags["digits"] = scene_digits("auto", args.data, "train")[0]
     if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
+    # --resume also restores these, unless they are given as flags
     settings = {**flags, "data": args.data, "threshold": args.threshold}
+    settings["device"] = args.device
     return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 
@@ -656,10 +676,12 @@ def train(args, device, names):
     path = args.out / "checkpoint.pt"
     checkpoint = training_checkpoint(path, args)
     done = checkpoint["steps"]
-    source = {"limit": args.limit, "seed": args.seed, "names": names}
-    source.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
-    images, labels = load_data(split="train", **source)[:2]
-    held_out, truth = load_data(split=HELD_OUT[args.dataset], **source)[:2]
+    (images, labels), (held_out, truth) = training_data(args, names)
+    data = {f"class {i}": name for i, name in enumerate(names)}
+    data["training images"] = len(labels)
+    if args.dataset == "scenes":
+        data["digits"] = scene_digits("auto", args.data, "train")[0]
+    common.require_same(path, checkpoint.setdefault("training_data", data), data)
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
         raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
@@ -688,7 +710,7 @@ def train(args, device, names):
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
     history = checkpoint["history"]
-    head_steps = checkpoint.get("head_steps", 0)
+    head_steps = checkpoint["head_steps"]
     # with its "model", the best network, a checkpoint is also what load_asl takes
     checkpoint.update(norm="batch norm", image_size=args.image_size)
     checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
@@ -803,7 +825,7 @@ def main(argv=None):
     args = settings(argv)
     device = common.pick_device(args.device)
     scenes = args.dataset == "scenes"
-    facts = {"device": str(device)}
+    facts = {}
     numbers = {}
     with common.hold(args.out):
         part = "test" if scenes else args.split or "val2017"
@@ -836,7 +858,10 @@ def main(argv=None):
             facts.setdefault("dataset_size", len(labels))
             logits = predict(network, images, device, args.batch_size)
             numbers = measure(logits, labels.numpy(), args.threshold)
-        record = common.write_results(args, {part: numbers}, weights=str(path), **facts)
+        if argv is not None:  # it runs within another script
+            facts["command"] = shlex.join(["python", "asl_model.py", *argv])
+        facts["weights"] = str(path)
+        record = common.write_results(args, device, {part: numbers}, **facts)
     common.print_table([part, path], numbers.items())
     if args.image and not numbers:
         print(f"no label has a probability above {args.threshold}")

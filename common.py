@@ -204,7 +204,7 @@ def require_same(path, old, new):
         if old.get(name) != value:
             raise Failure(
                 f"{path} was made with {name} {old.get(name)}, not {value}; "
-                "choose another --out, or add --force",
+                "use that value, another --out, or --force",
                 2,
             )
 
@@ -214,7 +214,7 @@ def wilson(hits, n):
     if not n:
         return None
     test = scipy.stats.binomtest(int(hits), int(n))
-    low, high = map(float, test.proportion_ci(method="wilson"))
+    low, high = test.proportion_ci(method="wilson")
     return {"rate": test.statistic, "low": low, "high": high, "n": test.n}
 
 
@@ -244,7 +244,7 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def write_results(args, numbers, **facts):
+def write_results(args, device, numbers, **facts):
     """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -257,6 +257,8 @@ def write_results(args, numbers, **facts):
         "torch": torch.__version__,
         "numpy": np.__version__,
         "scipy": scipy.__version__,
+        "device": device,
+        "bfloat16": has_bf16(device),
         "seconds": round(time.time() - START),
         "git": None if failed else git,
         **facts,
@@ -430,8 +432,13 @@ def load_digits(name, data_dir, train=True, limit=None):
         except Failure as problem:
             if name == "mnist":
                 raise
-            warning = "GLYPHS are drawn instead: these are not results on MNIST."
-            print("WARNING " * 12, problem, warning, sep="\n", file=sys.stderr)
+            print(
+                "WARNING " * 12,
+                problem,
+                "GLYPHS are drawn instead: these are not results on MNIST.",
+                sep="\n",
+                file=sys.stderr,
+            )
     size = 60_000 if train else 10_000
     return "glyphs", *glyphs(limit or size, seed=0 if train else 1)
 

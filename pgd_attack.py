@@ -67,7 +67,7 @@ DEFAULTS = {  # target, eps, images per batch
     "torchvision": ("night snake", 8 / 255, 16),  # class 60 of ImageNet, as in the log
 }
 # a repeated run may differ in these
-FREE = ("data", "out", "device", "force", "save", "batch_size")
+FREE = ("out", "device", "force")
 
 
 def fraction(text):
@@ -644,6 +644,8 @@ def rate_over_photos(hits, totals):
         if total > 0:
             rates.append(hits[drawn].sum().item() / total)
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
+    if hits.sum() == 0:  # no resample can differ: as if a photo had all or none
+        high = common.wilson(0, (totals > 0).sum())["high"]
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
 
@@ -719,13 +721,13 @@ def label_index(name, names):
     )
 
 
-def own_network(spec):
+def own_network(spec, device):
     """(Network, class names) from the user's FILE.py:FUNCTION, after a trial run; or Failure."""
     path, _, function = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
         network, names, size = runpy.run_path(path)[function]()
-        network = network.float().cpu().eval()
+        network = network.float().to(device).eval()
         names = [str(name) for name in names]
         images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         images[1] = 0
@@ -733,7 +735,7 @@ def own_network(spec):
         for weight in network.parameters():
             weight.requires_grad_(False)
         with torch.enable_grad():
-            logits = network(images.requires_grad_().clone())
+            logits = network(images.to(device).requires_grad_().clone())
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
         text = "FUNCTION() of FILE.py must return (network, class names, image size)"
@@ -819,7 +821,7 @@ def load_multi_label(args, device):
     """Weeks 3 and 5: the Subject that the flags name."""
     source = args.model
     if args.kind == "own":
-        network, names = own_network(args.model)
+        network, names = own_network(args.model, device)
     elif args.dataset == "scenes" and args.weights is None:
         network, names, source = asl_model.scenes_classifier(args.data, device)
     else:
@@ -912,12 +914,16 @@ def captions(before, after, task):
 def figure(title, outcomes, shown, task):
     """One image, clean and after some attacks {name: eps}, the changes on one scale, the labels.
 
-    It is the first saved image that lacks the target, if there is one.
+    It is the first saved image that the attack is to change, if there is one.
     """
     columns = ["clean", *shown]
     clean = outcomes["clean"]
     saved = clean.logits[: len(clean.pixels)]
-    first = is_present(saved[:, task.target], task.threshold).int().argmin()
+    attacked = saved.argmax(1) != task.target
+    if task.mean is None:
+        before = is_present(saved, task.threshold)
+        attacked = (wanted_labels(saved, task) != before).any(1)
+    first = attacked.int().argmax()
     pixels = torch.stack([outcomes[name].pixels[first] for name in columns]) / 255
     changes = pixels - pixels[0]
     scale = changes.abs().max().clamp(min=1 / 255)
@@ -958,16 +964,18 @@ def dose_curves(rows, numbers, cosines, target):
         labels.append(counts["labels_after"] / max(1, counts["labels_before"]))
         targets.append(counts["target_after"] / max(1, counts["target_before"]))
     noise = labels.pop()
-    return {
+    curves = {
         "cosine of the first gradient with the right one": cosines,
         "all labels after the attack / before (below 1: labels are lost)": labels,
-        f"{target} after the attack / before": targets[:-1],
         "all labels after noise / before": [noise] * len(labels),
     }
+    if counts["target_before"]:
+        curves[f"{target} after the attack / before"] = targets[:-1]
+    return curves
 
 
 def plot_dose(title, places, curves):
-    """A PIL image of four curves {name: values}, over the places whose derivative is skipped."""
+    """A PIL image of curves {name: values}, four at most, over the places that are skipped."""
     page = Image.new("RGB", (600, 470), "white")
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
@@ -986,8 +994,9 @@ def plot_dose(title, places, curves):
         y = 410 - scale * (level - low)
         ink.line((50, y, 580, y), "lightgrey")
         ink.text((44, y), str(level), "black", anchor="rm")
-    colours = ("royalblue", "firebrick", "darkorange", "grey")
-    for number, (name, colour) in enumerate(zip(curves, colours, strict=True)):
+    colours = ("royalblue", "firebrick", "grey", "darkorange")
+    for number, name in enumerate(curves):
+        colour = colours[number]
         ink.text((50, 28 + 18 * number), name, colour)
         ys = 410 - scale * (np.array(curves[name]) - low)
         points = list(zip(xs, ys, strict=True))
@@ -1028,17 +1037,16 @@ def check_gradients(network, rows, image):
         numbers["places"] = imitation.places
     for name, model in checked.items():
         try:
-            numbers[name] = gradient_error(model, image[None])
-        except (RuntimeError, TypeError):  # it can't run in float64
-            numbers[name] = math.nan
+            error = gradient_error(model, image[None])
+        except Exception:  # a network that can't run in float64 may raise anything
+            error = math.nan
         verdict = "the gradient is right"
-        if math.isnan(numbers[name]):
+        if math.isnan(error):
             verdict = "WARNING: not checked: the output is random, flat, or not float64"
-        elif numbers[name] > 0.01:
+        elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
-        print(
-            f"{name}, autograd against central differences: {numbers[name]:.2g}; {verdict}"
-        )
+        print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
+        numbers[name] = None if math.isnan(error) else error  # JSON has no NaN
     if "places" in numbers:
         places = numbers["places"]
         print(f"the wrong gradient skips the derivatives of {places} activations")
@@ -1181,8 +1189,8 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     for name, picture in pictures.items():
         with common.whole_file(args.out / f"{name}.png") as file:
             picture.save(file, "png")
-    facts = {"device": str(device), "processes": world, "images": subject.description}
-    record = common.write_results(args, record, **facts)
+    facts = {"processes": world, "images": subject.description}
+    record = common.write_results(args, device, record, **facts)
 
     print(title if args.image else f"{len(subject.images):,} images; {title}")
     if "mAP" in record:

@@ -217,17 +217,18 @@ def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     args = argparse.Namespace(out=tmp_path, seed=1)
-    common.write_results(args, {"rate": 0.5}, dataset="glyphs")
+    common.write_results(args, CPU, {"rate": 0.5}, dataset="glyphs")
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["command"].startswith("torchrun --nproc-per-node 4 asl_model.py")
     assert shlex.split(record["command"])[3:] == command
     assert record["settings"]["seed"] == 1
+    assert (record["device"], record["bfloat16"]) == ("cpu", common.has_bf16(CPU))
     assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, None)
     if shutil.which("git"):
         subprocess.run(["git", "init", "-q", folder], check=True)
         git = f"git -C {shlex.quote(str(folder))} -c user.name=x -c user.email=x"
         subprocess.getoutput(f"{git} commit --no-gpg-sign --allow-empty -m x")
-        revision = common.write_results(args, {})["git"]
+        revision = common.write_results(args, CPU, {})["git"]
         assert subprocess.getoutput(f"{git} rev-parse HEAD").startswith(revision)
 
 
@@ -732,13 +733,13 @@ def write_week_1(path, **changes):
     return path
 
 
-def run_transfer(out, *flags):
+def run_transfer(out, *flags, search=lambda _, images, wanted: 1 - images):
     """`transfer.main` with little of everything, and no training of classifiers."""
     flags = ["--limit", 20, "--samples", 40, "--steps", 2, "--seed", SEED, *flags]
     flags += ["--device", "cpu", "--generator", out / "week_1.pt", "--out", out]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acwgan, "train_classifier", Mock())
-        patch.setattr(transfer, "carlini_wagner", lambda _, images, wanted: 1 - images)
+        patch.setattr(transfer, "carlini_wagner", search)
         patch.setattr(transfer, "BATCH_SIZE", 4)
         patch.setattr(transfer, "CW_DIGITS", 20)
         return transfer.main([str(flag) for flag in flags])
@@ -864,6 +865,23 @@ def test_rows_of_other_settings_are_refused_or_left_out(copied):
     assert list(record["rows"]) == ["original", "as-logged", "carlini-wagner"]
 
 
+def test_changes_are_compared_with_the_searchs_where_it_succeeds(copied):
+    """Of 20 digits the search leaves 5 as they were; they say nothing of the least change."""
+    found = torch.arange(20) >= 5
+
+    def search(_, images, wanted):
+        return torch.where(found[:, None, None, None], 1 - images, images)
+
+    record = run_transfer(copied, search=search)
+    start = np.load(copied / "samples-original.npz")["images"].reshape(40, 784)
+    least = np.linalg.norm(255 - 2.0 * start[5:20], axis=1).mean()
+    fid = np.load(copied / "samples-fid.npz")["images"].reshape(40, 784)
+    change = np.linalg.norm((1.0 * fid - start)[5:20], axis=1).mean()
+    assert record["rows"]["fid"]["l2_over_cw"] == pytest.approx(change / least, rel=1e-4)
+    record = run_transfer(copied, search=lambda _, images, wanted: images)
+    assert record["rows"]["fid"]["l2_over_cw"] is None
+
+
 def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
     """Fault 22: the same training, run again, differs in its times only."""
     path = tmp_path / "checkpoint.pt"
@@ -871,7 +889,7 @@ def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
         transfer.load_week_1(path, "auto")
     facts = transfer.load_week_1(write_week_1(path, seconds=1.0), "glyphs")[2]
     assert transfer.load_week_1(write_week_1(path, seconds=2.0), "auto")[2] == facts
-    with refused("mnist", "python acwgan.py --out", code=2):
+    with refused("python acwgan.py --dataset mnist --out FOLDER", code=2):
         transfer.load_week_1(path, "mnist")
     for part in ("average", "critic"):
         weights = torch.load(path)[part]
@@ -883,7 +901,7 @@ def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
         with refused(path, "NaN"):
             transfer.load_week_1(write_week_1(path, **{part: weights}), "auto")
     write_week_1(path, settings={"dataset": "glyphs", "image_size": 64})
-    with refused("28 x 28", "python acwgan.py --out", code=2):
+    with refused("28 x 28", "python acwgan.py --dataset auto", code=2):
         transfer.load_week_1(path, "auto")
 
 
@@ -1413,10 +1431,16 @@ def test_a_scene_shows_the_digits_of_its_labels(monkeypatch):
 def test_every_20th_photo_is_held_out_whatever_the_limit(data):
     """Whatever the seed; the labels are in the order that is asked for."""
     whole, labels, names, _ = asl_model.load_data("coco", data, 32, "train2017")
-    train = set(asl_model.load_data("coco", data, 32, "train", seed=3)[0].paths)
-    held_out = set(asl_model.load_data("coco", data, 32, "held-out", limit=5)[0].paths)
-    assert [len(whole), len(train), len(held_out)] == [12, 11, 1]
-    assert train | held_out == set(whole.paths)
+    args = argparse.Namespace(dataset="coco", data=data, image_size=32, seed=0)
+    for seed, limit in ((0, None), (3, 9)):
+        args.seed = seed
+        args.limit = limit
+        train, held_out = asl_model.training_data(args, names)
+        assert held_out[0].paths == whole.paths[:1]
+        n = len(train[0])
+        assert n == (6 if limit else 11)
+        assert train[0].paths == whole.paths[1 : n + 1]
+        assert torch.equal(train[1], labels[1 : n + 1])
     reverse = asl_model.load_data("coco", data, 32, "train2017", names[::-1])
     assert torch.equal(reverse[1], labels.flip(1))
     with refused("lacks the label", code=2):
@@ -1470,9 +1494,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(data, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         classifier(data, out, flags)
     assert not list(out.glob("*.pth")), "no network that looks like a finished one"
-    content = torch.load(out / "checkpoint.pt")
-    assert content.pop("head_steps") == 0  # as in the files of earlier versions
-    torch.save(content, out / "checkpoint.pt")
+    assert torch.load(out / "checkpoint.pt")["settings"]["device"] == "cpu"
     monkeypatch.setattr(asl_model, "predict", predict)
     with refused("unfinished training", "--resume", code=2):
         classifier(data, out, flags)
@@ -1499,6 +1521,42 @@ def test_a_forced_training_that_stops_at_once_leaves_none_to_resume(
         classifier(data, tmp_path, f"{SMALL} --force --lr 0.1")
     with pytest.raises(SystemExit, match="2"):
         classifier(data, tmp_path, "--resume")
+
+
+def test_a_training_is_not_taken_for_one_of_other_photos(data, tmp_path):
+    """Of other classes, whose names its network would get, or of more photos."""
+    folder = shutil.copytree(data / "coco", tmp_path / "coco") / "annotations"
+    classifier(tmp_path, tmp_path / "out", SMALL)
+    before = (tmp_path / "out" / "tresnet_s-coco.pth").read_bytes()
+    texts = {path: path.read_text() for path in folder.iterdir()}
+    for path, text in texts.items():
+        path.write_text(text.replace("name 60", "donut"))
+    with refused("class 54 name 60, not donut", "--force", code=2):
+        classifier(tmp_path, tmp_path / "out", SMALL)
+    for path, text in texts.items():
+        content = json.loads(text)
+        content["annotations"].append({"image_id": 3, "category_id": 60})
+        path.write_text(json.dumps(content))
+    with refused("training images 11, not 12", "--force", code=2):
+        classifier(tmp_path, tmp_path / "out", SMALL)
+    assert (tmp_path / "out" / "tresnet_s-coco.pth").read_bytes() == before
+
+
+def test_a_training_reads_its_annotations_once(data, tmp_path, monkeypatch):
+    """Those of train2017 take half a minute."""
+    read = Mock(wraps=common.load_coco)
+    monkeypatch.setattr(common, "load_coco", read)
+    classifier(data, tmp_path, SMALL)
+    assert [call.args[3] for call in read.call_args_list].count("train2017") == 1
+
+
+def test_a_training_from_weights_has_their_architecture(data, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(asl_model.new_network("tresnet_s", 7).state_dict(), path)
+    flags = f"--train --dataset coco --data {data} --weights {path}"
+    assert asl_model.settings(flags.split()).arch == "tresnet_s"
+    torch.save({"a": torch.zeros(2)}, path)
+    assert asl_model.settings(flags.split()).arch == "tresnet_m"
 
 
 def test_a_training_needs_the_classes_of_the_photos_that_measure_it(
@@ -1671,6 +1729,8 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
     monkeypatch.setitem(asl_model.ARCHITECTURES, "tresnet_s", row)
     _, names, path = asl_model.scenes_classifier(data, CPU)
     assert path == Path("runs/scenes_classifier/mnist/tresnet_s-scenes.pth")
+    command = json.loads((path.parent / "results.json").read_text())["command"]
+    assert command.startswith("python asl_model.py --train --dataset=scenes --data=")
     assert names == list("0123456789")
     with monkeypatch.context() as patch:
         patch.setattr(asl_model, "train", None)
@@ -2064,6 +2124,9 @@ def test_rates_over_photos_resample_photos():
     assert rate["low"] == pytest.approx(0.5 - deviation, abs=0.06)
     assert rate["high"] == pytest.approx(0.5 + deviation, abs=0.06)
     assert pgd_attack.rate_over_photos(0 * hits, 0 * hits) is None
+    rate = pgd_attack.rate_over_photos(0 * hits, torch.full((20,), 100))
+    assert (rate["rate"], rate["low"]) == (0, 0)
+    assert rate["high"] == common.wilson(0, 20)["high"], "no interval of width 0"
 
 
 def test_rates_over_photos_leave_out_samples_without_a_label():
@@ -2246,6 +2309,10 @@ def test_other_settings_or_a_damaged_record_are_not_overwritten(
         patch.setattr(pgd_attack, "load_multi_label", None)  # refused before it loads
         with refused("results.json", "week 5, not None", "--out", "--force", code=2):
             pgd_attack.main(flags)
+        flags += ["--week", "5", "--save", "4"]
+        for other in ("--save 3", "--batch-size 3", "--data elsewhere"):
+            with refused(other.split()[1], "--out", "--force", code=2):
+                pgd_attack.main([*flags, *other.split()])
     assert (week5.folder / "results.json").read_bytes() == before
     path = tmp_path / "results.json"
     path.write_text("{")
@@ -2323,6 +2390,46 @@ def test_networks_that_work_in_place_are_imitated_and_compared():
     assert 0 < cosines["all"].mean() < 0.99
     imitation = asl_model.inplace_abn_1_0_12(network)
     assert imitation(images.requires_grad_()).requires_grad
+
+
+def test_the_doses_figure_has_no_ratio_to_nothing():
+    rows = [pgd_attack.Row(name, None, 0.3) for name in ("first-0", "all", "noise")]
+    counts = {"labels_before": 4, "target_before": 2}
+    numbers = {}
+    for row, after in zip(rows, (6, 3, 2), strict=True):
+        numbers[row.name] = {**counts, "labels_after": after, "target_after": after}
+    curves = pgd_attack.dose_curves(rows, numbers, [1, 0.1], "cat")
+    assert list(curves.values()) == [[1, 0.1], [1.5, 0.75], [0.5, 0.5], [3, 1.5]]
+    for count in numbers.values():
+        count["target_before"] = 0
+    curves = pgd_attack.dose_curves(rows, numbers, [1, 0.1], "cat")
+    assert list(curves.values()) == [[1, 0.1], [1.5, 0.75], [0.5, 0.5]]
+    pgd_attack.plot_dose("title", [0, 9], curves)
+
+
+@pytest.mark.parametrize("direction", ["on", "off"])
+def test_the_figure_shows_an_image_that_the_attack_is_to_change(direction):
+    """Of a black one, which lacks the target, and a white one, which has it."""
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    logits = torch.tensor([[-1.0], [1.0]])
+    outcome = pgd_attack.Outcome(logits, torch.zeros(2), pixels)
+    outcomes = {"clean": outcome, "margin": outcome}
+    task = pgd_attack.Task(["cat"], 0, direction, 0.5)
+    page = pgd_attack.figure("title", outcomes, {"margin": 0.1}, task)
+    assert page.getpixel((200, 200)) == (3 * (0,) if direction == "on" else 3 * (255,))
+
+
+class NeedsFloat32(nn.Module):
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return x.flatten(1)
+
+
+def test_a_gradient_that_cannot_be_checked_is_null_in_the_record(capsys):
+    """JSON has no NaN."""
+    numbers = pgd_attack.check_gradients(NeedsFloat32(), [], photo_like(1, 8)[0])
+    assert numbers == {"gradient_error": None}
+    assert "WARNING: not checked" in capsys.readouterr().out
 
 
 def test_the_doses_figure_has_room_for_negative_cosines():

@@ -212,8 +212,11 @@ def load_week_1(path, dataset, device=None):
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     week_1 = checkpoint["settings"]
     if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
-        problem = f"does not draw 28 x 28 digits of --dataset {dataset}"
-        raise common.Failure(f"{path} {problem}; {advice}", 2)
+        raise common.Failure(
+            f"{path} does not draw 28 x 28 digits of --dataset {dataset}; name another "
+            f"--generator, or train one: python acwgan.py --dataset {dataset} --out FOLDER",
+            2,
+        )
     generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
     critic = acwgan.Critic(week_1["width"], 28)
     digest = hashlib.sha256()  # of the weights: the file also holds times, which differ
@@ -627,13 +630,15 @@ def main(argv=None):
         row, classes = measure(least, start, labels, VARIANTS["original"], networks)
         rows["carlini-wagner"] = row
         predictions["carlini-wagner"] = classes
-        least_l2 = row["l2"]  # 0 where the search finds nothing
+        found = (least != start).flatten(1).any(1)  # an image is unchanged where it fails
         for name, row in rows.items():
-            l2 = mean_l2(drawn[name][:CW_DIGITS] - start)
-            row["l2_over_cw"] = l2 / least_l2 if least_l2 else None
+            row["l2_over_cw"] = None
+            if found.any():
+                l2 = mean_l2((drawn[name][:CW_DIGITS] - start)[found])
+                row["l2_over_cw"] = l2 / mean_l2((least - start)[found])
         write_figures(out, drawn, predictions)
-        facts.update(device=str(device), accuracy=rates)
-        record = common.write_results(args, {"rows": rows}, **facts)
+        facts.update(accuracy=rates)
+        record = common.write_results(args, device, {"rows": rows}, **facts)
     print_report(dataset, rates, rows)
     return record
 
