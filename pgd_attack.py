@@ -852,13 +852,13 @@ def load_digits(args, device):
     images = images.to(device)
     network = acwgan.evaluation_classifier(args.out, dataset, images, labels.to(device))
     limit = args.limit or 1000
-    description, images, truth = common.load_digits(dataset, args.data, False, limit)
+    _, images, truth = common.load_digits(dataset, args.data, False, limit)
     names = list("0123456789")
     target = label_index(args.target, names)
     mean = torch.tensor(0.1307, device=device)  # MNIST's
     std = torch.tensor(0.3081, device=device)
     task = Task(names, target, "on", args.threshold, mean=mean, std=std)
-    return Subject(network, task, images, truth, description)
+    return Subject(network, task, images, truth, f"test digits of {dataset}")
 
 
 def load_single_label(args, device):
@@ -868,7 +868,7 @@ def load_single_label(args, device):
         print(f"{args.weights} is used instead of torchvision's published weights")
     names = weights.meta["categories"]
     truth = None
-    description = f"COCO {args.split}"
+    description = f"photos of COCO {args.split}"
     if args.image:
         paths = [args.image]
         description = args.image.name
@@ -876,7 +876,7 @@ def load_single_label(args, device):
         paths = common.load_coco(args.data, None, args.limit, args.split)[0].paths
     else:
         paths, truth = load_imagenet(args.data, names, args.limit)
-        description = "ImageNet"
+        description = "photos of ImageNet"
     # cropped as these weights ask, but not normalised, which the network does itself
     transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
     images = common.Photos(paths, None, transform)
@@ -911,12 +911,12 @@ def captions(before, after, task):
     return lines
 
 
-def figure(title, outcomes, shown, task):
-    """One image, clean and after some attacks {name: eps}, the changes on one scale, the labels.
+def figure(title, outcomes, rows, task):
+    """One image, clean and after the attacks `rows`, the changes on one scale, and the labels.
 
     It is the first saved image that the attack is to change, if there is one.
     """
-    columns = ["clean", *shown]
+    columns = ["clean", *[row.name for row in rows]]
     clean = outcomes["clean"]
     saved = clean.logits[: len(clean.pixels)]
     attacked = saved.argmax(1) != task.target
@@ -939,12 +939,17 @@ def figure(title, outcomes, shown, task):
     ink.text((4, 6), title, "black")
     ink.text((4, 24), f"{legend} Labels: kept, +new, -lost.", "black")
     bottom = 0
+    for column, row in enumerate(rows, 1):
+        gradient = "right gradient, " if row.loss else ""
+        if row.gradient == INPLACE_ABN:
+            gradient = "wrong gradient, "
+        text = row.name.removesuffix("-inplace-abn")
+        text += f"\n{gradient}eps {row.eps:.2g}"
+        ink.text((4 + column * side, 44), text, "black")
+    ink.text((4, 44), "clean", "black")
     for column, name in enumerate(columns):
         x = 4 + column * side
         y = 84 + grid.height
-        ink.text((x, 44), name.replace("-inplace-abn", ", wrong gradient"), "black")
-        if name in shown:
-            ink.text((x, 60), f"eps {shown[name]:.2g}", "black")
         labels = captions(clean.logits[first], outcomes[name].logits[first], task)
         for text, colour in labels:
             ink.text((x, y), text, colour)
@@ -965,7 +970,7 @@ def dose_curves(rows, numbers, cosines, target):
         targets.append(counts["target_after"] / max(1, counts["target_before"]))
     noise = labels.pop()
     curves = {
-        "cosine of the first gradient with the right one": cosines,
+        "cosine of the first step's gradient with the right one": cosines,
         "all labels after the attack / before (below 1: labels are lost)": labels,
         "all labels after noise / before": [noise] * len(labels),
     }
@@ -980,7 +985,7 @@ def plot_dose(title, places, curves):
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
     ink.text((50, 8), title, "black")
-    text = "activations whose derivative the gradient skips, from the first on;"
+    text = "activations whose derivative is skipped, from the input on (not to scale);"
     text += f"\n0: the right gradient; {places[-1]}: that of inplace_abn 1.0.12"
     ink.text((50, 434), text, "black")
     xs = np.linspace(50, 580, len(places))
@@ -1172,8 +1177,11 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
         record["mAP"] = float(ap.mean())
     save_arrays(args, subject, outcomes)
     name = network_name(args)
-    title = f"{name} on {subject.description}; target: {args.target}, {args.direction}"
-    shown = {row.name: row.eps for row in (*rows[:3], rows[-1])}
+    about = subject.description
+    if not args.image:
+        about = f"{len(subject.images):,} {about}"
+    title = f"{name} on {about}; goal: {args.target} {args.direction}"
+    shown = [*rows[:3], rows[-1]] if len(rows) > 3 else rows
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
         record["cosines"] = {}
@@ -1192,7 +1200,7 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     facts = {"processes": world, "images": subject.description}
     record = common.write_results(args, device, record, **facts)
 
-    print(title if args.image else f"{len(subject.images):,} images; {title}")
+    print(title)
     if "mAP" in record:
         print(f"mAP of the network on them: {record['mAP']:.1%}")
     if "accuracy" in numbers:

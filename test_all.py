@@ -820,9 +820,12 @@ def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, 
     assert max(map(len, lines)) <= 100
     assert "glyphs" in lines[1]
     page = np.array(Image.open(transferred["settings"]["out"] / "closest.png"))
-    assert len(page) == 40 + 124 * 5
-    assert (page[40:, 188:192] == 255).all(), "a name runs into the digits"
-    assert (page[40:, :188] < 128).any(), "there are no names"
+    assert len(page) == 62 + 124 * 5
+    assert (page[62:, 188:192] == 255).all(), "a name runs into the digits"
+    assert (page[62:, :188] < 128).any(), "there are no names"
+    for name in transfer.PAGES:
+        page = np.array(Image.open(transferred["settings"]["out"] / f"{name}.png"))
+        assert (page[:62, 1050:] == 255).all(), "a caption is too long"
 
 
 def test_a_figure_says_of_each_digit_whether_the_attack_succeeds(tmp_path):
@@ -840,8 +843,8 @@ def test_a_figure_says_of_each_digit_whether_the_attack_succeeds(tmp_path):
     greener = page[..., 1].astype(int) > page[..., 0].astype(int) + 60
     for y in range(10):
         cell = greener[:, 195 + 86 * y : 275 + 86 * y]
-        assert cell[126:140].any() == (y == 0)
-        assert cell[142:158].any() == (y not in (2, 5))
+        assert cell[148:162].any() == (y == 0)
+        assert cell[164:180].any() == (y not in (2, 5))
 
 
 def test_force_trains_a_finished_row_again_and_no_other(transferred, copied, monkeypatch):
@@ -2415,7 +2418,8 @@ def test_the_figure_shows_an_image_that_the_attack_is_to_change(direction):
     outcome = pgd_attack.Outcome(logits, torch.zeros(2), pixels)
     outcomes = {"clean": outcome, "margin": outcome}
     task = pgd_attack.Task(["cat"], 0, direction, 0.5)
-    page = pgd_attack.figure("title", outcomes, {"margin": 0.1}, task)
+    rows = [pgd_attack.Row("margin", "margin", 0.1)]
+    page = pgd_attack.figure("title", outcomes, rows, task)
     assert page.getpixel((200, 200)) == (3 * (0,) if direction == "on" else 3 * (255,))
 
 

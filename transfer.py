@@ -487,19 +487,21 @@ def measure(images, original, labels, variant, networks):
     return row, {**classes, "judge": judge, "pgd_judge": pgd_judge}
 
 
-NEXT = "Digits 0 to 9. The target classifier should say 1, 2, ..., 9, 0."
-GREEN = "Green: as the attack wants."
+NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
+GREEN = "Green: the target is fooled; both judges still read the digit."
 PAGES = {  # what each says on top, and its lines
     "synthetic-adversarial-framework": (
-        f"Approach 1: digits 0 to 9, for which an untrained target should say 7. {GREEN}",
+        "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
+        f"scratch: the critic is frozen; scratch-live: it keeps training. {GREEN}",
         ["scratch", "scratch-live"],
     ),
     "synthetic-adversarial-framework-with-fid": (
-        f"Approach 2, and ours. {NEXT} {GREEN}",
+        f"Approach 2, and ours: {NEXT}\n{GREEN}",
         ["original", "as-logged", "adversarial", "fid", "euclidean", "ours"],
     ),
     "closest": (
-        f"{NEXT} {GREEN} Changes: black, darker; white, brighter.",
+        f"Ours and Carlini & Wagner's search: {NEXT}\n"
+        f"{GREEN} Changes: black = darker, white = brighter.",
         ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"],
     ),
 }
@@ -512,10 +514,10 @@ def write_answers(ink, top, classes):
         x = 197 + 86 * y
         predicted = int(classes["predicted"][y])
         colour = "green" if predicted == classes["target"][y] else "firebrick"
-        ink.text((x, top), f"target {predicted}", colour, small)
+        ink.text((x, top), f"target: {predicted}", colour, small)
         judges = [int(classes["judge"][y]), int(classes["pgd_judge"][y])]
         colour = "green" if judges == [y, y] else "firebrick"
-        ink.text((x, top + 15), "judges {} {}".format(*judges), colour, small)
+        ink.text((x, top + 15), "judges: {} {}".format(*judges), colour, small)
 
 
 def write_figures(out, drawn, predictions):
@@ -530,12 +532,12 @@ def write_figures(out, drawn, predictions):
         lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
     for title, (caption, names) in PAGES.items():
         names = [name for name in names if name in lines]
-        page = Image.new("RGB", (1060, 40 + 124 * len(names)), "white")
+        page = Image.new("RGB", (1060, 62 + 124 * len(names)), "white")
         ink = ImageDraw.Draw(page)
         ink.font = ImageFont.load_default(17)
         ink.text((8, 8), caption, "black")
         for i, name in enumerate(names):
-            top = 40 + 124 * i
+            top = 62 + 124 * i
             page.paste(acwgan.grid(lines[name], 10), (192, top))
             ink.text((8, top + 44), name, "black", anchor="lm")
             if name in predictions:
