@@ -668,6 +668,26 @@ def learning_rate(largest, step, head_steps, total):
     return largest * (0.5 - 0.5 * math.cos(math.pi * rise))
 
 
+def training_parts(args, device, checkpoint, names, total):
+    """{name: part}: the network, its averaged copy and Adam, new ones or those of `checkpoint`."""
+    torch.manual_seed(args.seed)
+    network = new_network(args.arch, len(names))
+    if checkpoint["steps"] == 0:
+        network, head_epochs = starting_network(args, names)
+        checkpoint["head_steps"] = head_epochs * total // args.epochs
+    network.train().to(device, memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # the statistics of a ResNet stay those that its weights came with
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    adam = torch.optim.Adam(network.parameters(), fused=True)
+    parts = {"network": network, "average": average, "adam": adam}
+    if checkpoint["steps"] > 0:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    return parts
+
+
 def train(args, device, names):
     """Train a network for the classes `names`, or resume; returns (its path, number of images).
 
@@ -691,21 +711,10 @@ def train(args, device, names):
             "or start anew with --force",
             2,
         )
-    torch.manual_seed(args.seed)
-    network = new_network(args.arch, len(names))
-    if done == 0:
-        network, head_epochs = starting_network(args, names)
-        checkpoint["head_steps"] = head_epochs * total // args.epochs
-    network.train().to(device, memory_format=torch.channels_last)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()  # the statistics of a ResNet stay those that its weights came with
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(network.parameters(), fused=True)
-    parts = {"network": network, "average": average, "adam": adam}
-    if done > 0:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+    parts = training_parts(args, device, checkpoint, names, total)
+    network = parts["network"]
+    average = parts["average"]
+    adam = parts["adam"]
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])

@@ -1213,12 +1213,53 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     return record
 
 
-def main(argv=None):
-    """Attack, write the files, print; returns the record (None in torchrun's other processes).
+def run_attacks(args, device, rank, world, subject, networks, rows):
+    """{row: `Outcome`}, "clean" included, of the attacks `rows` on `networks` {row: network}.
 
     Each of torchrun's n processes attacks every n-th batch. A batch and its random numbers are the
     same for any number of processes.
     """
+    total = len(subject.images)
+    shape = (min(max(args.save, 1), total), *subject.images[0].shape)
+    outcomes = {}
+    for name in networks:
+        logits = torch.zeros(total, len(subject.task.names))
+        pixels = torch.zeros(shape, dtype=torch.uint8)
+        outcomes[name] = Outcome(logits, torch.zeros(total), pixels)
+
+    attack = attack_labels if subject.task.mean is None else attack_top_class
+    batches = torch.arange(total).split(args.batch_size)[rank::world]
+    batches = [batch.tolist() for batch in batches]
+    work = len(rows) * sum(map(len, batches))
+    bar = common.progress(desc="attacking", total=work, disable=rank > 0)
+    tensors = asl_model.read_batches(subject.images, batches)
+    for batch, images in zip(batches, tensors, strict=True):
+        if args.augment:
+            seeds = [hash((args.seed, row)) % 2**63 for row in batch]
+            images = asl_model.augment(images, seeds)
+        images = images.to(device)
+        before = logits_of(networks["clean"], images)
+        outcomes["clean"].keep(batch, images, before)
+        if args.dose:
+            cosines = gradient_cosines(networks, images, subject.task)
+            for name in cosines:
+                outcomes[name].cosines[batch] = cosines[name]
+        for number, row in enumerate(rows):
+            torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
+            moved = attack(networks[row.name], images, before, row, subject.task)
+            logits = logits_of(networks["clean"], moved)
+            outcomes[row.name].keep(batch, moved, logits)
+            bar.update(len(batch))
+    bar.close()
+    if world > 1:
+        for outcome in outcomes.values():
+            for tensor in outcome:  # other processes' images are zeros here
+                dist.all_reduce(tensor)
+    return outcomes
+
+
+def main(argv=None):
+    """Attack, write the files, print; returns the record (None in torchrun's other processes)."""
     args = settings(argv)
     device = common.pick_device(args.device)
     rank = int(os.environ.get("RANK", 0))
@@ -1234,10 +1275,8 @@ def main(argv=None):
         dist.barrier()  # and it trains or downloads what the others then find
     with folder:
         load = load_multi_label
-        attack = attack_labels
         if args.kind in ("digits", "torchvision"):
             load = load_digits if args.kind == "digits" else load_single_label
-            attack = attack_top_class
         if rank == 0:
             require_same_settings(args)
         subject = load(args, device)
@@ -1258,41 +1297,7 @@ def main(argv=None):
             networks[row.name] = network
             if row.gradient == INPLACE_ABN:
                 networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
-        total = len(subject.images)
-        outcomes = {}
-        for name in networks:
-            logits = torch.zeros(total, len(subject.task.names))
-            shape = (min(max(args.save, 1), total), *subject.images[0].shape)
-            pixels = torch.zeros(shape, dtype=torch.uint8)
-            outcomes[name] = Outcome(logits, torch.zeros(total), pixels)
-
-        batches = torch.arange(total).split(args.batch_size)[rank::world]
-        batches = [batch.tolist() for batch in batches]
-        work = len(rows) * sum(map(len, batches))
-        bar = common.progress(desc="attacking", total=work, disable=rank > 0)
-        tensors = asl_model.read_batches(subject.images, batches)
-        for batch, images in zip(batches, tensors, strict=True):
-            if args.augment:
-                seeds = [hash((args.seed, row)) % 2**63 for row in batch]
-                images = asl_model.augment(images, seeds)
-            images = images.to(device)
-            before = logits_of(network, images)
-            outcomes["clean"].keep(batch, images, before)
-            if args.dose:
-                cosines = gradient_cosines(networks, images, subject.task)
-                for name in cosines:
-                    outcomes[name].cosines[batch] = cosines[name]
-            for number, row in enumerate(rows):
-                torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
-                attacked = networks[row.name]
-                moved = attack(attacked, images, before, row, subject.task)
-                outcomes[row.name].keep(batch, moved, logits_of(network, moved))
-                bar.update(len(batch))
-        bar.close()
-        if world > 1:
-            for outcome in outcomes.values():
-                for tensor in outcome:  # other processes' images are zeros here
-                    dist.all_reduce(tensor)
+        outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
         if rank > 0:
             return None
         return report(args, device, world, subject, networks, rows, outcomes, record)
