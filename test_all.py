@@ -990,6 +990,19 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
         short_training(broken, "adversarial")
 
 
+def test_adam_scales_up_what_sgd_leaves_small(networks):
+    """Adam's first step is the learning rate times the gradient's sign, SGD's times the gradient."""
+    torch.manual_seed(SEED)
+    variant = transfer.VARIANTS["as-logged"]
+    before = transfer.new_generator(variant, networks.original).project.weight
+    adam = short_training(networks, "as-logged").project.weight - before
+    sgd = short_training(networks, "as-logged-sgd").project.weight - before
+    moved = sgd.abs() > 1e-7
+    assert moved.any()
+    assert torch.equal(sgd[moved].sign(), adam[moved].sign())
+    assert sgd.abs().max() < 0.1 * adam.abs().max()
+
+
 def test_ours_warms_up_falls_and_weighs_the_change_ever_more(networks, monkeypatch):
     change = torch.zeros((), requires_grad=True)  # its gradient is its weight
     terms = {"adversarial hinge": 0, "robust hinge": 0, "euclidean": change}
