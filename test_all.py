@@ -991,7 +991,7 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
 
 
 def test_adam_scales_up_what_sgd_leaves_small(networks):
-    """Adam's first step is the learning rate times the gradient's sign, SGD's times the gradient."""
+    """Adam's first step is the learning rate times the gradient's sign; SGD's, times itself."""
     torch.manual_seed(SEED)
     variant = transfer.VARIANTS["as-logged"]
     before = transfer.new_generator(variant, networks.original).project.weight
