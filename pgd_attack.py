@@ -3,7 +3,7 @@
 PGD changes each pixel by at most eps, so that a classifier gives the answer the attacker wants. In
 the log, PGD switched off nearly every label of a multi-label classifier (week 3), barely moved an
 ImageNet classifier on COCO photos (week 4), and lost labels when it asked for more donuts (week 5).
-The likely cause is a wrong gradient (asl_model.inplace_abn_1_0_12). This script runs the logged
+A possible cause is a wrong gradient (asl_model.inplace_abn_1_0_12). This script runs the logged
 attacks with the wrong and the right gradient, alongside uniform noise and `margin`, an attack
 that switches one label and keeps the others.
 
