@@ -881,8 +881,6 @@ def test_changes_are_compared_with_the_searchs_where_it_succeeds(copied):
     fid = np.load(copied / "samples-fid.npz")["images"].reshape(40, 784)
     change = np.linalg.norm((1.0 * fid - start)[5:20], axis=1).mean()
     assert record["rows"]["fid"]["l2_over_cw"] == pytest.approx(change / least, rel=1e-4)
-    record = run_transfer(copied, search=lambda _, images, wanted: images)
-    assert record["rows"]["fid"]["l2_over_cw"] is None
 
 
 def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
