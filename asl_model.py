@@ -6,7 +6,7 @@ gives attackers a wrong gradient: see `InplaceABN1012`.
 
     python asl_model.py --image photo.jpg           print the labels of a photo
     python asl_model.py --evaluate --dataset coco   measure mAP, precision (OP) and recall (OR)
-    python asl_model.py --train --arch resnet18     train on COCO; 40 minutes for 40,000 photos
+    python asl_model.py --train --arch resnet18     train on COCO; 35 minutes for 40,000 photos
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue an interrupted training run
 
@@ -372,7 +372,7 @@ def coco_weights(data_dir):
         return common.download(ZOO + file, Path(data_dir, file))
     except common.Failure as problem:
         raise common.Failure(
-            "there is no COCO classifier here; train one (40 minutes on two CPU cores): python "
+            "there is no COCO classifier here; train one (35 minutes on two CPU cores): python "
             f"asl_model.py --train --dataset coco --arch resnet18 --limit 40000 ({problem})"
         ) from None
 

@@ -328,7 +328,7 @@ def goal_reached(logits, targets):
 
 
 def gradient_error(model, images, directions=4, step=1e-9):
-    """How far the gradient of a network's logits is off: near 0 if right, 0.6 or more if wrong.
+    """How far a network's gradient is off: near 0 if right, 0.6 or more for wrong ones tried.
 
     Compares autograd with central differences of `step` at the first of `images` (N, C, H, W) in
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
@@ -644,7 +644,8 @@ def rate_over_photos(hits, totals):
         if total > 0:
             rates.append(hits[drawn].sum().item() / total)
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
-    if hits.sum() == 0:  # no resample can differ: as if a photo had all or none
+    if hits.sum() == 0:
+        # every resample is 0, too: Wilson's bound for photos that have any
         high = common.wilson(0, (totals > 0).sum())["high"]
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 

@@ -1766,7 +1766,7 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
 def test_coco_weights_are_own_ones_then_published_then_a_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asl_model, "ZOO", NOWHERE)
-    with refused("--train --dataset coco --arch resnet18", "40 minutes"):
+    with refused("--train --dataset coco --arch resnet18", "35 minutes"):
         asl_model.coco_weights(tmp_path)
     published = tmp_path / "MS_COCO_TRresNet_M_224_81.8.pth"
     published.touch()
