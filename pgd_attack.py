@@ -653,7 +653,8 @@ def rate_over_photos(hits, totals):
 def count_labels(logits_before, logits_after, truth, task):
     """The numbers of an attack on labels, from logits (N, L) and actual labels (N, L) or None.
 
-    Labels are counted over all images, rates over the images that the attack is to change.
+    Labels are counted over all images, `target_switched` and `exact` over those of which the
+    attack is to change the target.
     """
     target = task.target
     before = is_present(logits_before, task.threshold)
@@ -670,17 +671,15 @@ def count_labels(logits_before, logits_after, truth, task):
     numbers["target_ratio"] = rate_over_photos(after[:, target], before[:, target])
     numbers["labels_ratio"] = rate_over_photos(after.sum(1), before.sum(1))
 
-    attacked = (wanted != before).any(1)
-    before = before[attacked]
-    after = after[attacked]
-    changed = after != before
-    exact = (after == wanted[attacked]).all(1)
     others = torch.arange(len(task.names)) != target
-    lost = (changed & before)[:, others].sum(1)
-    numbers["target_switched"] = common.wilson(changed[:, target].sum(), len(after))
-    numbers["exact"] = common.wilson(exact.sum(), len(after))
+    lost = (before & ~after)[:, others].sum(1)
     numbers["others_lost"] = rate_over_photos(lost, before[:, others].sum(1))
-    numbers["others_new"] = int((changed & after)[:, others].sum())
+    numbers["others_new"] = int((after & ~before)[:, others].sum())
+    attacked = (wanted != before).any(1)
+    switched = (after == wanted)[attacked, target]
+    exact = (after == wanted)[attacked].all(1)
+    numbers["target_switched"] = common.wilson(switched.sum(), len(switched))
+    numbers["exact"] = common.wilson(exact.sum(), len(exact))
     return numbers
 
 
@@ -1081,7 +1080,9 @@ def print_report(rows, numbers, task):
         common.print_table(["attack", *keys], lines)
         print()
     if task.mean is None:
-        print("exact: the target is switched, and every other label is as it was before")
+        print("target_switched, exact: of the images whose target is to change; exact: and every")
+        print("other label is as before. others_lost: of the labels predicted before, but the")
+        print("target. Intervals are 95 %.")
 
 
 def print_photo(network, outcomes, task, device):

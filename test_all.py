@@ -2102,14 +2102,15 @@ def test_labels_are_wanted_and_counted_as_numpy_does(direction):
     assert pgd_attack.wanted_labels(logits[0], task).tolist() == wanted.tolist()
     numbers = pgd_attack.count_labels(*logits, torch.from_numpy(truth), task)
     others = [0, 1, 2, 4, 5]
-    old = before[attacked][:, others]
-    new = after[attacked][:, others]
+    old = before[:, others]
+    new = after[:, others]
     lost = (old & ~new).sum(1)
     won = (new & ~old).sum(1)
-    switched = (on != after[:, 3])[attacked]
+    switched = (on != after[:, 3]) & attacked
+    exact = switched & (lost + won == 0)
     n = attacked.sum()
     assert numbers["target_switched"] == common.wilson(switched.sum(), n)
-    assert numbers["exact"] == common.wilson((switched & (lost + won == 0)).sum(), n)
+    assert numbers["exact"] == common.wilson(exact.sum(), n)
     assert numbers["others_lost"]["rate"] == pytest.approx(lost.sum() / old.sum())
     assert numbers["others_new"] == won.sum()
     assert numbers["labels_ratio"]["rate"] == pytest.approx(after.sum() / before.sum())
