@@ -1080,9 +1080,9 @@ def print_report(rows, numbers, task):
         common.print_table(["attack", *keys], lines)
         print()
     if task.mean is None:
-        print("target_switched, exact: of the images whose target is to change; exact: and every")
-        print("other label is as before. others_lost: of the labels predicted before, but the")
-        print("target. Intervals are 95 %.")
+        print("""target_switched: of the images whose target was to change
+exact: of the same images, the target is switched and every other label is as before
+others_lost: of the labels predicted before, except the target's; all images count""")
 
 
 def print_photo(network, outcomes, task, device):
