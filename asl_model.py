@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import ImageDraw
+from scipy.stats import rankdata
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import RandAugment
@@ -71,8 +72,13 @@ EPS = 1e-5  # of InPlace-ABN and batch norm
 
 def settings(argv=None):
     """The flags, with all defaults resolved; --resume takes them from the checkpoint in --out."""
-    limit = "use only the first N photos, or N scenes, of each split"
-    p = common.parser(__doc__, OUT, ("coco", "scenes"), "images with labels", limit)
+    p = common.parser(
+        __doc__,
+        OUT,
+        ("coco", "scenes"),
+        "images with labels",
+        "use only the first N photos, or N scenes, of each split",
+    )
     p.epilog = """defaults that depend on the network and the data:
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
   tresnet_s           --image-size 64 --epochs 13 --batch-size 64 --lr 5e-3
@@ -80,16 +86,21 @@ def settings(argv=None):
   --train             --arch tresnet_m (scenes: tresnet_s); a resnet from ImageNet's weights
   else                the newest weights in runs/asl_model, or the published ones; at their size
 a new last layer is first trained alone for one epoch, at 10 times the learning rate"""
-    add = p.add_argument
+    add = p.add_mutually_exclusive_group(required=True).add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
+    add = p.add_argument
     add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
     add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
     add("--image-size", type=common.number(int, 32, 1024), metavar="N", help="pixels")
-    text = "probability above which a label is present; ASL's code has 0.8"
-    add("--threshold", type=common.number(float, 1e-6, 1 - 1e-6), default=0.5, help=text)
+    add(
+        "--threshold",
+        type=common.number(float, 1e-6, 0.999999),
+        default=0.5,
+        help="probability above which a label is present; ASL's code has 0.8",
+    )
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
     add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
@@ -110,17 +121,18 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
             content = common.load_checkpoint(args.weights, "use other --weights")
             arch = architecture_of(state_dict_of(content, args.weights)) or arch
         row = ARCHITECTURES[arch]
-        p.set_defaults(arch=arch, image_size=row.image_size, epochs=row.epochs)
-        p.set_defaults(batch_size=row.batch_size, lr=row.lr)
+        p.set_defaults(
+            arch=arch,
+            image_size=row.image_size,
+            epochs=row.epochs,
+            batch_size=row.batch_size,
+            lr=row.lr,
+        )
     args = p.parse_args(argv)
-    if [bool(args.image), args.evaluate, args.train].count(True) != 1:
-        p.error("one of --image, --evaluate, --train and --resume is required")
     if args.split and (args.dataset == "scenes" or args.train):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
         p.error("--image-size must be a multiple of 4")
-    if args.arch and not (args.train or args.weights):
-        p.error("--arch goes with --train or --weights")
     if not args.train and (args.out / "checkpoint.pt").exists():
         args.out = args.out / "evaluation"  # the record of the training stays
     return args
@@ -342,12 +354,12 @@ class InplaceABN1012(nn.Module):
             return self.network(images)
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images.clone())
-        is_checked = self.places is not None
-        right = logits if is_checked else self.network(images.clone())
-        if not (is_checked or torch.allclose(logits, right, 1e-4, 1e-4)):
-            raise common.Failure(
-                "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
-            )
+        if self.places is None:
+            right = self.network(images.clone())
+            if not torch.allclose(logits, right, 1e-4, 1e-4):
+                raise common.Failure(
+                    "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
+                )
         self.places = mode.places
         return logits
 
@@ -356,17 +368,23 @@ tresnet = TResNet  # its state dict has the names and shapes of the ASL reposito
 inplace_abn_1_0_12 = InplaceABN1012
 
 
-def newest_weights(dataset):
-    """The path of the newest network that --train left in OUT, or None."""
-    paths = sorted(OUT.glob(f"*-{dataset}.pth"), key=os.path.getmtime)
-    return paths[-1] if paths else None
+def published_weights(name, data_dir):
+    """The path of the weights that torchvision publishes for its network `name`, downloaded."""
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    path = Path(data_dir, url.rpartition("/")[2])
+    # its name ends in the start of its hash
+    return common.download(url, path, path.stem.rpartition("-")[2])
 
 
-def coco_weights(data_dir):
-    """The path of the newest classifier of COCO in OUT, else of the published one, or Failure."""
-    own = newest_weights("coco")
-    if own:
-        return own
+def default_weights(dataset, data_dir, device):
+    """The path of the newest network that --train left in OUT; without one, of scenes' classifier,
+    trained first, or of the published one of COCO, or Failure."""
+    paths = OUT.glob(f"*-{dataset}.pth")
+    newest = max(paths, key=os.path.getmtime, default=None)
+    if newest:
+        return newest
+    if dataset == "scenes":
+        return scenes_weights(data_dir, device)
     try:
         file = "MS_COCO_TRresNet_M_224_81.8.pth"
         return common.download(ZOO + file, Path(data_dir, file))
@@ -446,7 +464,7 @@ def load_asl(path, arch=None, folded=True):
         network.image_size = content.get("image_size", network.image_size)
         if network.image_size not in range(32, 1025, 4):
             raise ValueError(f"its image_size is {network.image_size}")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+    except Exception as problem:  # a foreign file may raise anything
         raise common.Failure(
             f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights "
             f"({type(problem).__name__}: {problem})"
@@ -595,11 +613,9 @@ def training_data(args, names):
     images, labels = load_data(split="train2017", **source)[:2]
     # independent of seed and limit, so that a later run holds out the same photos
     is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == 0
-    parts = []
-    for rows in (~is_held_out, is_held_out):
-        paths = [images.paths[i] for i in rows.nonzero()[:, 0]]
-        parts.append((common.Photos(paths, args.image_size), labels[rows]))
-    return parts
+    held_out = common.Photos(images.paths[::HELD_OUT_EVERY], args.image_size)
+    del images.paths[::HELD_OUT_EVERY]
+    return (images, labels[~is_held_out]), (held_out, labels[is_held_out])
 
 
 def starting_network(args, names):
@@ -612,9 +628,7 @@ def starting_network(args, names):
     if path is None and ARCHITECTURES[args.arch].blocks:
         return new_network(args.arch, len(names)), 0
     if path is None:
-        url = torchvision.models.get_model_weights(args.arch).DEFAULT.url
-        path = Path(args.data, url.rpartition("/")[2])
-        common.download(url, path, path.stem[-8:])  # the start of its hash
+        path = published_weights(args.arch, args.data)
     network, known = load_asl(path, args.arch, folded=False)
     if known == names:
         return network, 0
@@ -624,19 +638,24 @@ def starting_network(args, names):
     return network, 1
 
 
+def derived_seed(*numbers):
+    """A seed that differs wherever these integers differ, the same in every process."""
+    return hash(numbers) % 2**63
+
+
 def training_batches(args, images, labels, steps):
     """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
     per_epoch = len(labels) // args.batch_size
     batches = []
     for epoch in range(args.epochs):
-        stream = torch.Generator().manual_seed(hash((args.seed, epoch)) % 2**63)
+        stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
         order = torch.randperm(len(labels), generator=stream)
         batches += order.split(args.batch_size)[:per_epoch]
     for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
         rows = batches[step]
         if args.dataset == "coco":
             epoch = step // per_epoch
-            seeds = [hash((args.seed, epoch, row)) % 2**63 for row in rows.tolist()]
+            seeds = [derived_seed(args.seed, epoch, row) for row in rows.tolist()]
             # a ResNet starts from learnt weights and trains for too few epochs to benefit
             if ARCHITECTURES[args.arch].blocks:
                 batch = augment(batch, seeds)
@@ -653,8 +672,12 @@ def training_checkpoint(path, args):
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
     # --resume also restores these, unless they are given as flags
-    settings = {**flags, "data": args.data, "threshold": args.threshold}
-    settings["device"] = args.device
+    settings = {
+        **flags,
+        "data": args.data,
+        "threshold": args.threshold,
+        "device": args.device,
+    }
     return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 
@@ -721,8 +744,12 @@ def train(args, device, names):
     history = checkpoint["history"]
     head_steps = checkpoint["head_steps"]
     # with its "model", the best network, a checkpoint is also what load_asl takes
-    checkpoint.update(norm="batch norm", image_size=args.image_size)
-    checkpoint.update(num_classes=len(names), idx_to_class=dict(enumerate(names)))
+    checkpoint.update(
+        norm="batch norm",
+        image_size=args.image_size,
+        num_classes=len(names),
+        idx_to_class=dict(enumerate(names)),
+    )
     batches = training_batches(args, images, labels, done)
     n = args.batch_size
     bar = common.progress(
@@ -750,7 +777,7 @@ def train(args, device, names):
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
         if is_judged or step % SAVE_EVERY == 0:
-            if not all(x.isfinite().all() for x in [*weights, *averages]):
+            if not all(x.isfinite().all() for x in averages):
                 raise common.Failure(f"the training diverged; lower --lr {args.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
@@ -766,18 +793,17 @@ def train(args, device, names):
     return path, len(labels)
 
 
-def scenes_classifier(data_dir, device):
-    """(Network, class names, path) of the classifier of scenes, trained where there is none."""
+def scenes_weights(data_dir, device):
+    """The path of the classifier of scenes of these digits, trained where there is none."""
     out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
-    path = newest_weights("scenes") or out / "tresnet_s-scenes.pth"
+    path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
         flags = ["--train", "--dataset=scenes", f"--data={data_dir}"]
         if (out / "checkpoint.pt").exists():
             flags = ["--resume"]
         main([*flags, f"--out={out}", f"--device={device.type}"])
-    network, names = load_asl(path)
-    return network.to(device), names, path
+    return path
 
 
 @torch.no_grad()
@@ -809,9 +835,9 @@ def average_precision(logits, labels):
     precisions = []
     for scores, present in zip(logits.T, labels.T > 0, strict=True):
         if present.any():
-            thresholds = np.sort(scores[present])  # all scores but those below reach one
-            predicted = len(scores) - np.searchsorted(np.sort(scores), thresholds)
-            right = len(thresholds) - np.searchsorted(thresholds, thresholds)
+            # how many images, and how many that show the class, have at least this score
+            predicted = rankdata(-scores, "max")[present]
+            right = rankdata(-scores[present], "max")
             precisions.append((right / predicted).mean())
     return np.array(precisions)
 
@@ -833,23 +859,18 @@ def main(argv=None):
     """Do what the flags say; returns the record in results.json."""
     args = settings(argv)
     device = common.pick_device(args.device)
-    scenes = args.dataset == "scenes"
     facts = {}
     numbers = {}
     with common.hold(args.out):
-        part = "test" if scenes else args.split or "val2017"
+        part = "test" if args.dataset == "scenes" else args.split or "val2017"
         size = args.image_size
         if args.train:  # the evaluation data is loaded first, as it gives the classes
             names = load_data(
                 args.dataset, args.data, size, part, None, args.limit, args.seed
             )[2]
             path, facts["dataset_size"] = train(args, device, names)
-        elif args.weights:
-            path = args.weights
-        elif scenes:
-            path = scenes_classifier(args.data, device)[2]
         else:
-            path = coco_weights(args.data)
+            path = args.weights or default_weights(args.dataset, args.data, device)
         network, names = load_asl(path, args.arch)
         network.to(device)
         size = size or network.image_size
@@ -869,7 +890,7 @@ def main(argv=None):
             numbers = measure(logits, labels.numpy(), args.threshold)
         if argv is not None:  # it runs within another script
             facts["command"] = shlex.join(["python", "asl_model.py", *argv])
-        facts["weights"] = str(path)
+        facts["weights"] = path
         record = common.write_results(args, device, {part: numbers}, **facts)
     common.print_table([part, path], numbers.items())
     if args.image and not numbers:

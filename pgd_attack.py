@@ -32,10 +32,10 @@ import os
 import re
 import runpy
 import sys
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -60,11 +60,12 @@ DATASETS = {  # by kind of model; the first is the default
     "digits": ("auto", "mnist", "glyphs"),
     "torchvision": ("imagenet", "coco"),
 }
-DEFAULTS = {  # target, eps, images per batch
-    "scenes": ("8", 0.1, 256),
-    "coco": ("person", 8 / 255, 16),
-    "digits": ("3", 0.3, 256),
-    "torchvision": ("night snake", 8 / 255, 16),  # class 60 of ImageNet, as in the log
+DEFAULTS = {  # target, eps, images per batch, --limit
+    "scenes": ("8", 0.1, 256, 500),
+    "coco": ("person", 8 / 255, 16, None),
+    "digits": ("3", 0.3, 256, 1000),
+    # class 60 of ImageNet, as in the log
+    "torchvision": ("night snake", 8 / 255, 16, None),
 }
 # a repeated run may differ in these
 FREE = ("out", "device", "force")
@@ -74,7 +75,7 @@ def fraction(text):
     """An argparse type: a number above 0 and up to 1, which may be written as 8/255."""
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except (ValueError, ArithmeticError):
         value = 0
     if 0 < value <= 1:
         return value
@@ -85,56 +86,104 @@ def fraction(text):
 
 def flags():
     """The argparse parser; a default that depends on the run is named in the flag's help."""
-    names = ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto")
-    about = "images to attack; the default depends on the model"
-    limit = (
-        "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)"
+    p = common.parser(
+        __doc__,
+        None,
+        ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto"),
+        "images to attack; the default depends on the model",
+        "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)",
     )
-    p = common.parser(__doc__, None, names, about, limit)
     p.set_defaults(dataset=None)
     add = p.add_argument
-    count = common.number(int, 0)
+    count = common.number(int, 1)
     mode = p.add_mutually_exclusive_group()
-    text = "run this week's logged attacks and the corrected one"
-    mode.add_argument("--week", type=int, choices=(3, 4, 5), help=text)
-    text = "attack with eps from 0.25/255 to 16/255, alongside two controls"
-    mode.add_argument("--sweep", action="store_true", help=text)
-    text = "run week 5's attack, skipping progressively more activation derivatives"
-    mode.add_argument("--dose", action="store_true", help=text)
+    mode.add_argument(
+        "--week",
+        type=int,
+        choices=(3, 4, 5),
+        help="run this week's logged attacks and the corrected one",
+    )
+    mode.add_argument(
+        "--sweep",
+        action="store_true",
+        help="attack with eps from 0.25/255 to 16/255, alongside two controls",
+    )
+    mode.add_argument(
+        "--dose",
+        action="store_true",
+        help="run week 5's attack, skipping progressively more activation derivatives",
+    )
     add("--image", type=Path, metavar="FILE", help="attack this photo")
-    text = "asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 digits)"
-    add("--model", help=text)
-    text = "checkpoint of --model (default: the one trained here, else the published one)"
-    add("--weights", type=Path, metavar="FILE", help=text)
-    text = "gradient that the attack uses (default: right)"
-    add("--gradient", choices=("right", INPLACE_ABN), help=text)
-    splits = ("val2017", "train2017")
-    add("--split", choices=splits, default="val2017", help="part of COCO")
+    add(
+        "--model",
+        help="asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 "
+        "digits)",
+    )
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of --model (default: the one trained here, else the published one)",
+    )
+    add(
+        "--gradient",
+        choices=("right", INPLACE_ABN),
+        help="gradient that the attack uses (default: right)",
+    )
+    add(
+        "--split",
+        choices=("val2017", "train2017"),
+        default="val2017",
+        help="part of COCO",
+    )
     add("--augment", action="store_true", help="augment COCO's photos as in training")
-    text = (
-        "label or class that the attack targets (default: person; week 5 and --dose: dining "
-        "table; scenes: 8; digits: 3; torchvision: night snake)"
+    add(
+        "--target",
+        metavar="NAME",
+        help="label or class that the attack targets (default: person; week 5 and --dose: dining "
+        "table; scenes: 8; digits: 3; torchvision: night snake)",
     )
-    add("--target", metavar="NAME", help=text)
-    text = "how the target label is to change (default: flip; with --week or --dose: on)"
-    add("--direction", choices=("on", "off", "flip"), help=text)
+    add(
+        "--direction",
+        choices=("on", "off", "flip"),
+        help="how the target label is to change (default: flip; with --week or --dose: on)",
+    )
     add("--loss", choices=LOSSES, help="loss of the attack (default: margin)")
-    text = "probability above which a label is present"
-    add("--threshold", type=common.number(float, 0.001, 0.999), default=0.5, help=text)
-    text = (
-        "largest change of a pixel, on the [0, 1] scale (default: 8/255; digits: 0.3; "
-        "scenes: 0.1)"
+    add(
+        "--threshold",
+        type=common.number(float, 0.001, 0.999),
+        default=0.5,
+        help="probability above which a label is present",
     )
-    add("--eps", type=fraction, help=text)
+    add(
+        "--eps",
+        type=fraction,
+        help="largest change of a pixel, on the [0, 1] scale (default: 8/255; digits: 0.3; "
+        "scenes: 0.1)",
+    )
     add("--alpha", type=fraction, help="step size, on the same scale (default: 2/255)")
-    text = "maximum steps per image and try (default: 40)"
-    add("--steps", type=common.number(int, 1), help=text)
-    text = "further tries of margin, each with half the step size (default: 4)"
-    add("--restarts", type=count, help=text)
-    text = "number of images that adversarial.npz holds"
-    add("--save", type=count, default=16, metavar="N", help=text)
-    text = "images per batch (default: 16 photos, else 256)"
-    add("--batch-size", type=common.number(int, 1), help=text)
+    add(
+        "--steps",
+        type=count,
+        help="maximum steps per image and try (default: 40)",
+    )
+    add(
+        "--restarts",
+        type=common.number(int, 0),
+        help="further tries of margin, each with half the step size (default: 4)",
+    )
+    add(
+        "--save",
+        type=count,
+        default=16,
+        metavar="N",
+        help="number of images that adversarial.npz holds",
+    )
+    add(
+        "--batch-size",
+        type=count,
+        help="images per batch (default: 16 photos, else 256)",
+    )
     return p
 
 
@@ -149,6 +198,11 @@ def settings(argv=None):
     has_labels = kind in ("asl", "own")
     if args.week and has_labels == (args.week == 4):
         p.error(f"--week {args.week} does not go with --model {model}; see --help")
+    dataset = args.dataset or DATASETS[kind][0]
+    if kind == "asl" and (args.image or args.weights):
+        dataset = args.dataset or "coco"
+    if dataset not in DATASETS[kind]:
+        p.error(f"--dataset: --model {model} takes {' or '.join(DATASETS[kind])}")
     ignored = []
     if not has_labels:
         ignored += ["sweep", "dose", "loss", "direction", "restarts"]
@@ -160,32 +214,39 @@ def settings(argv=None):
         ignored += ["restarts"]
     if args.image:
         ignored += ["sweep", "dose", "augment", "limit", "split"]
+    if dataset != "coco":
+        ignored += ["augment", "split"]
     if kind in ("own", "digits"):
         ignored += ["weights"]
+    if kind == "digits":
+        ignored += ["image"]
     for flag in ignored:
         if getattr(args, flag) != p.get_default(flag):
             p.error(f"--{flag} has no effect on this run")
-    if args.image and kind == "digits":
-        p.error("--image needs a classifier of photos, such as --model resnet18")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
-    dataset = args.dataset or DATASETS[kind][0]
-    if kind == "asl" and args.dataset is None and (args.image or args.weights):
-        dataset = "coco"
-    if dataset not in DATASETS[kind]:
-        p.error(f"--dataset: --model {model} takes {' or '.join(DATASETS[kind])}")
-    if dataset != "coco" and (args.augment or args.split != "val2017"):
-        p.error("--augment and --split train2017 need --dataset coco")
 
-    target, eps, batch_size = DEFAULTS[dataset if has_labels else kind]
+    target, eps, batch_size, limit = DEFAULTS[dataset if has_labels else kind]
     direction = "flip"
     if args.week or args.dose or not has_labels:
         direction = "on"
     if dataset == "coco" and (args.week == 5 or args.dose):
         target = "dining table"  # output 60; the log took it for the donut, whose category id is 60
-    p.set_defaults(model=model, kind=kind, dataset=dataset, target=target, eps=eps)
-    p.set_defaults(batch_size=batch_size, alpha=2 / 255, steps=40, restarts=4)
-    p.set_defaults(loss="margin", gradient="right", direction=direction)
+    p.set_defaults(
+        model=model,
+        kind=kind,
+        dataset=dataset,
+        target=target,
+        direction=direction,
+        loss="margin",
+        gradient="right",
+        eps=eps,
+        alpha=2 / 255,
+        steps=40,
+        restarts=4,
+        batch_size=batch_size,
+        limit=limit,
+    )
     args = p.parse_args(argv)
     if args.out is None:
         args.out = Path("runs/pgd_attack", run_name(args))
@@ -202,8 +263,10 @@ def run_name(args):
     run = "attack"
     if args.week:
         run = f"week{args.week}"
-    elif args.sweep or args.dose:
-        run = "sweep" if args.sweep else "dose"
+    if args.sweep:
+        run = "sweep"
+    if args.dose:
+        run = "dose"
     data = args.image.stem if args.image else args.dataset
     if args.split == "train2017":
         data = "train2017-augmented" if args.augment else "train2017"
@@ -251,9 +314,8 @@ def pgd(
             f"{len(images)} images with {len(targets)} targets; eps {eps}, alpha {alpha}, "
             f"steps {steps}: none may be negative"
         )
-    if len(images) == 0:
-        return images.clone()
-    if not (images - images.clamp(*clip)).abs().max() <= 1e-6:  # rounding; NaN is refused
+    # what rounding moved out of clip is taken, NaN is not
+    if not torch.allclose(images, images.clamp(*clip), rtol=0, atol=1e-6):
         raise ValueError(
             f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}: "
             "give them in [0, 1], and normalise inside the model"
@@ -265,14 +327,16 @@ def pgd(
         # nextafter: a bound that was rounded outwards would exceed eps
         low = torch.nextafter(images - eps, images).clamp(*clip)
         high = torch.nextafter(images + eps, images).clamp(*clip)
-        adversarial = images.clone() if start is None else start.detach().clone()
+        adversarial = images if start is None else start.detach()
         if random_start:
-            adversarial += eps * (2 * torch.rand_like(images) - 1)
+            adversarial = adversarial + eps * (2 * torch.rand_like(images) - 1)
         adversarial = adversarial.clamp(low, high)
         direction = torch.zeros_like(images)
-        broken = torch.zeros((), dtype=torch.bool, device=images.device)
+        finite = True
         active = torch.arange(len(images), device=images.device)
         for _ in range(steps):
+            if len(active) == 0:
+                break
             x = adversarial[active].requires_grad_()
             # cloned, as a network may normalise its input in place
             logits = model(x.clone())
@@ -284,7 +348,7 @@ def pgd(
                 raise common.Failure(
                     "no gradient reaches the images; remove no_grad and detach"
                 )
-            broken |= ~(logits.isfinite().all() & gradient.isfinite().all())
+            finite = finite & logits.isfinite().all() & gradient.isfinite().all()
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)
                 direction[active] *= momentum
@@ -297,9 +361,7 @@ def pgd(
                 active = active[going]
                 moved = moved[going]
             adversarial[active] = moved
-            if len(active) == 0:
-                break
-    if broken:
+    if not finite:
         raise common.Failure("the logits, or the loss's gradient, are not finite")
     return adversarial
 
@@ -307,17 +369,17 @@ def pgd(
 @contextlib.contextmanager
 def evaluation_mode(model):
     """Gradients on, and every module of `model` in eval mode until the end, then as it was."""
-    modes = {}
+    trained = []
     if isinstance(model, nn.Module):
-        modes = {module: module.training for module in model.modules()}
+        trained = [module for module in model.modules() if module.training]
     try:
-        for module in modes:
+        for module in trained:
             module.training = False
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in trained:
+            module.training = True
 
 
 def goal_reached(logits, targets):
@@ -340,18 +402,18 @@ def gradient_error(model, images, directions=4, step=1e-9):
     if images.device.type == "mps":  # Apple's GPUs have no float64
         model = copy.deepcopy(model).cpu()
         images = images.cpu()
-    tensors = []
+    originals = {}
     if isinstance(model, nn.Module):
-        tensors = [*model.parameters(), *model.buffers()]
-        tensors = [x for x in tensors if x.is_floating_point()]
-    originals = [x.data for x in tensors]
+        for x in [*model.parameters(), *model.buffers()]:
+            if x.is_floating_point():
+                originals[x] = x.data
     stream = torch.Generator().manual_seed(0)
     noise = torch.rand(images[:1].shape, generator=stream)
     image = (0.1 + 0.8 * images[:1].cpu() + 0.01 * noise).double().to(images.device)
     largest = 0
     error = 0
     try:
-        for x in tensors:
+        for x in originals:
             x.data = x.data.double()
         with evaluation_mode(model):
             x = image.clone().requires_grad_()
@@ -371,7 +433,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
             if largest < 1e-6 * (weights * logits).abs().sum():
                 return math.nan
     finally:
-        for x, original in zip(tensors, originals, strict=True):
+        for x, original in originals.items():
             x.data = original
     return error / max(largest, 1e-300)
 
@@ -414,8 +476,9 @@ def margin(logits, wanted, target, threshold):
     for the top class. The target is pushed MARGIN past the threshold, other labels kept KEEP off.
     """
     past = distance_past(logits, wanted, threshold)
-    others = (KEEP - past).relu().sum(1) - (KEEP - past[:, target]).relu()
-    return (MARGIN - past[:, target]).relu() + others
+    goal = torch.full_like(past, KEEP)
+    goal[:, target] = MARGIN
+    return (goal - past).relu().sum(1)
 
 
 def distance_past(logits, wanted, threshold):
@@ -482,7 +545,7 @@ def rows_of(args):
     if args.loss == "margin":
         ours = ours._replace(restarts=args.restarts)
     if args.kind in ("digits", "torchvision"):
-        ours = ours._replace(name="corrected", loss="cross-entropy", restarts=None)
+        ours = ours._replace(name="corrected", loss="softmax-ce", restarts=0)
     if args.week == 3:
         return [*WEEK_3, ours]
     if args.week == 4:
@@ -516,13 +579,25 @@ class Task(NamedTuple):
     direction: str  # on, off or flip
     threshold: float  # of the probability of a label
     bf16: bool = False  # whether the gradients of attacks are computed in bfloat16
-    mean: torch.Tensor | None = None  # of week 4's normalisation, (C, 1, 1)
-    std: torch.Tensor | None = None
+    mean: list | None = None  # of week 4's normalisation, a number per channel
+    std: list | None = None
+
+
+def predicted_labels(logits, task):
+    """The labels, bool (N, L), that logits (N, L) predict; in week 4, the top class."""
+    if task.mean is None:
+        return is_present(logits, task.threshold)
+    return F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
 
 
 def wanted_labels(logits, task):
-    """The labels that an attack wants, float (N, L): those predicted, except for the target."""
-    wanted = is_present(logits, task.threshold).float()
+    """The labels that an attack wants, float (N, L): those predicted, except for the target.
+
+    In week 4, where an image has one class, the target alone.
+    """
+    wanted = predicted_labels(logits, task).float()
+    if task.mean is not None:
+        wanted.zero_()
     if task.direction == "flip":
         wanted[:, task.target] = 1 - wanted[:, task.target]
     else:
@@ -537,7 +612,7 @@ def logits_of(network, images):
 
 
 def attack_labels(network, images, logits, row, task):
-    """`row`'s attack on images (N, 3, S, S) in [0, 1] of logits (N, L); returns images.
+    """`row`'s attack on images (N, C, S, S) in [0, 1] of logits (N, L); returns images.
 
     With restarts, an image whose attack has failed goes on from where it is, with momentum and half
     the step size; whether it has failed is judged in float32.
@@ -550,7 +625,10 @@ def attack_labels(network, images, logits, row, task):
         return LOSSES[row.loss](logits, wanted, task.target, task.threshold)
 
     def done(logits, wanted):
-        return (distance_past(logits, wanted, task.threshold) > SLACK).all(1)
+        if task.mean is None:
+            return (distance_past(logits, wanted, task.threshold) > SLACK).all(1)
+        others = logits.masked_fill(wanted.bool(), -torch.inf).amax(1)
+        return logits[:, task.target] - others > LEAD
 
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
@@ -569,7 +647,7 @@ def attack_labels(network, images, logits, row, task):
                 start=result[remaining],
             )
         result[remaining] = adversarial
-        after = is_present(logits_of(network, adversarial), task.threshold)
+        after = predicted_labels(logits_of(network, adversarial), task)
         succeeded = (after == wanted[remaining].bool()).all(1)
         remaining = remaining[~succeeded]
         if len(remaining) == 0:
@@ -580,52 +658,34 @@ def attack_labels(network, images, logits, row, task):
 def attack_top_class(network, images, logits, row, task):
     """`row`'s attack of week 4 on images (N, C, S, S) in [0, 1] of logits (N, L); returns images.
 
-    "cross-entropy" is the corrected attack, in pixels. The others repeat the log's two faults: they
-    clip normalised values to [0, 1], which is the range of pixels; and "raw-logits" wants a copy of
-    the logits with the target's set to 1, so that a logit of 10 weighs ten times the target's.
+    It repeats the log's two faults: normalised values are clipped to [0, 1], which is the range of
+    pixels; and "raw-logits" wants a copy of the logits with the target's set to 1, so that a logit
+    of 10 weighs ten times the target's.
     """
-    targets = torch.full((len(images),), task.target, device=images.device)
-    if row.loss == "cross-entropy":
-
-        def loss(logits, targets):
-            return F.cross_entropy(logits, targets, reduction="none")
-
-        def leads(logits, targets):
-            others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
-            return logits[:, task.target] - others > LEAD
-
-        return pgd(
-            network,
-            images,
-            targets,
-            loss,
-            eps=row.eps,
-            alpha=row.alpha,
-            steps=row.steps,
-            early_stop=leads,
-        )
-    wanted = F.one_hot(targets, logits.shape[1]).float()
+    wanted = wanted_labels(logits, task)
     if row.loss == "raw-logits":
         wanted = logits.clone()  # the log's fault: logits where 0 and 1 belong
         wanted[:, task.target] = 1
-    images = (images - task.mean) / task.std
+    mean = images.new_tensor(task.mean)[:, None, None]
+    std = images.new_tensor(task.std)[:, None, None]
+    images = (images - mean) / std
     # the log's fault: [0, 1] is the range of pixels, not of normalised values
     low = (images - row.eps).clamp(0, 1)
     high = (images + row.eps).clamp(0, 1)
     adversarial = images.clamp(0, 1)
     for _ in range(row.steps if row.loss else 0):
         x = adversarial.detach().requires_grad_()
-        loss = softmax_bce(network(x * task.std + task.mean), wanted)
+        loss = softmax_bce(network(x * std + mean), wanted)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         adversarial = (x.detach() - row.alpha * gradient.sign()).clamp(low, high)
-    return adversarial * task.std + task.mean
+    return adversarial * std + mean
 
 
 # --- counting
 
 # as the log's week 5 printed them
-TARGET_COUNTS = ("target_actual", "target_before", "target_after")
-LABEL_COUNTS = ("labels_actual", "labels_before", "labels_after")
+COUNTS = ("target_actual", "target_before", "target_after")
+COUNTS += ("labels_actual", "labels_before", "labels_after")
 
 
 def rate_over_photos(hits, totals):
@@ -651,49 +711,33 @@ def rate_over_photos(hits, totals):
 
 
 def count_labels(logits_before, logits_after, truth, task):
-    """The numbers of an attack on labels, from logits (N, L) and actual labels (N, L) or None.
+    """The numbers of an attack, from logits (N, L) and actual labels (N, L) or None.
 
     Labels are counted over all images, `target_switched` and `exact` over those of which the
-    attack is to change the target.
+    attack is to change the target. Week 4 has `target_switched`, for the top class, and the log's
+    own measure, `mean_sigmoid`.
     """
     target = task.target
-    before = is_present(logits_before, task.threshold)
-    after = is_present(logits_after, task.threshold)
+    before = predicted_labels(logits_before, task)
+    after = predicted_labels(logits_after, task)
     wanted = wanted_labels(logits_before, task).bool()
-    numbers = dict.fromkeys(TARGET_COUNTS + LABEL_COUNTS)
-    if truth is not None:
-        numbers["target_actual"] = int(truth[:, target].sum())
-        numbers["labels_actual"] = int(truth.sum())
-    numbers["target_before"] = int(before[:, target].sum())
-    numbers["labels_before"] = int(before.sum())
-    numbers["target_after"] = int(after[:, target].sum())
-    numbers["labels_after"] = int(after.sum())
+    attacked = (wanted != before).any(1)
+    right = (after == wanted)[attacked]
+    numbers = {"target_switched": common.wilson(right[:, target].sum(), len(right))}
+    if task.mean is not None:
+        numbers["mean_sigmoid"] = logits_after[:, target].sigmoid().mean().item()
+        return numbers
+    numbers["exact"] = common.wilson(right.all(1).sum(), len(right))
+    for when, labels in {"actual": truth, "before": before, "after": after}.items():
+        if labels is not None:
+            numbers[f"target_{when}"] = int(labels[:, target].sum())
+            numbers[f"labels_{when}"] = int(labels.sum())
     numbers["target_ratio"] = rate_over_photos(after[:, target], before[:, target])
     numbers["labels_ratio"] = rate_over_photos(after.sum(1), before.sum(1))
-
     others = torch.arange(len(task.names)) != target
     lost = (before & ~after)[:, others].sum(1)
     numbers["others_lost"] = rate_over_photos(lost, before[:, others].sum(1))
     numbers["others_new"] = int((after & ~before)[:, others].sum())
-    attacked = (wanted != before).any(1)
-    switched = (after == wanted)[attacked, target]
-    exact = (after == wanted)[attacked].all(1)
-    numbers["target_switched"] = common.wilson(switched.sum(), len(switched))
-    numbers["exact"] = common.wilson(exact.sum(), len(exact))
-    return numbers
-
-
-def count_top_class(logits_before, logits_after, truth, task):
-    """The numbers of an attack of week 4, from logits (N, L) and classes (N,), -1 if not known."""
-    before = logits_before.argmax(1)
-    attacked = before != task.target
-    reached = (logits_after.argmax(1) == task.target)[attacked]
-    numbers = {"target_reached": common.wilson(reached.sum(), len(reached))}
-    # the log's own measure
-    numbers["mean_sigmoid"] = logits_after[:, task.target].sigmoid().mean().item()
-    if truth is not None:
-        hits = before == truth
-        numbers["accuracy"] = common.wilson(hits.sum(), (truth >= 0).sum())
     return numbers
 
 
@@ -729,17 +773,19 @@ def own_network(spec, device):
         network, names, size = runpy.run_path(path)[function]()
         network = network.float().to(device).eval()
         names = [str(name) for name in names]
-        images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-        images[1] = 0
+        images = torch.zeros(3, 3, size, size, device=device)
+        images[1] = 0.5
         images[2] = 1
         for weight in network.parameters():
             weight.requires_grad_(False)
         with torch.enable_grad():
-            logits = network(images.to(device).requires_grad_().clone())
+            logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
-        text = "FUNCTION() of FILE.py must return (network, class names, image size)"
-        raise common.Failure(f"--model {spec}: {problem!r}; {text}") from None
+        raise common.Failure(
+            f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return "
+            "(network, class names, image size)"
+        ) from None
     reason = ""
     if shape != (3, len(names)):
         reason = f"its output for three images is {shape}, for {len(names)} class names"
@@ -763,24 +809,17 @@ def torchvision_network(name, path, data_dir):
     """
     label_index(name, ["asl", "digits", *models.list_models(models)])
     weights = models.get_model_weights(name).DEFAULT
-    file = weights.url.rpartition("/")[2]
-    if path is None:
-        sha256 = file.rpartition("-")[2].partition(".")[0]
-        path = common.download(weights.url, Path(data_dir, file), sha256)
+    path = path or asl_model.published_weights(name, data_dir)
     advice = "name another file with --weights"
     state = asl_model.state_dict_of(common.load_checkpoint(path, advice), path)
-    hub = torch.hub.get_dir()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "checkpoints").mkdir()
-            torch.save(state, Path(folder, "checkpoints", file))
-            torch.hub.set_dir(folder)  # where torchvision looks before it downloads
+        # torchvision asks its entry for the weights: let it answer with those of `path`
+        with mock.patch.object(weights, "get_state_dict", return_value=state):
             network = models.get_model(name, weights=weights)
     except (RuntimeError, AttributeError) as problem:
-        text = f"{path} is not a state dict of torchvision's {name}; {advice}: {problem}"
-        raise common.Failure(text) from None
-    finally:
-        torch.hub.set_dir(hub)
+        raise common.Failure(
+            f"{path} is not a state dict of torchvision's {name}; {advice}: {problem}"
+        ) from None
     expected = weights.transforms()
     normalise = transforms.Normalize(expected.mean, expected.std)
     return nn.Sequential(normalise, network).requires_grad_(False), weights
@@ -795,9 +834,8 @@ def load_imagenet(data_dir, class_names, limit=None):
     """
     folder = Path(data_dir, "imagenet")
     paths = []
-    for path in sorted(folder.glob("**/[!.]*")):
-        hidden = path.parent.name.startswith(".")
-        if path.suffix.lower() in (".jpeg", ".jpg", ".png") and not hidden:
+    for path in sorted(folder.glob("**/[!.]*.[jJpP]*[gG]")):
+        if not path.parent.name.startswith("."):
             paths.append(path)
     if not paths:
         raise common.Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
@@ -817,31 +855,32 @@ def load_imagenet(data_dir, class_names, limit=None):
     return paths, torch.tensor(classes)
 
 
+def new_task(args, names, device, mean=None, std=None):
+    """The Task of the flags, for a network of the classes `names`."""
+    target = label_index(args.target, names)
+    bf16 = args.kind == "asl" and common.has_bf16(device)
+    return Task(names, target, args.direction, args.threshold, bf16, mean, std)
+
+
 def load_multi_label(args, device):
     """Weeks 3 and 5: the Subject that the flags name."""
-    source = args.model
     if args.kind == "own":
-        network, names = own_network(args.model, device)
-    elif args.dataset == "scenes" and args.weights is None:
-        network, names, source = asl_model.scenes_classifier(args.data, device)
+        source = args.model
+        network, names = own_network(source, device)
     else:
-        source = args.weights or asl_model.coco_weights(args.data)
+        source = args.weights or asl_model.default_weights(
+            args.dataset, args.data, device
+        )
         network, names = asl_model.load_asl(source)
     print(f"attacked network: {source}")
-    bf16 = args.kind == "asl" and common.has_bf16(device)
-    target = label_index(args.target, names)
-    task = Task(names, target, args.direction, args.threshold, bf16)
+    task = new_task(args, names, device)
     size = network.image_size
     if args.image:
         photos = common.Photos([args.image], size)
         return Subject(network, task, photos, None, args.image.name)
-    split = args.split
-    limit = args.limit
-    if args.dataset == "scenes":
-        split = "test"
-        limit = args.limit or 500
+    split = "test" if args.dataset == "scenes" else args.split
     images, truth, _, description = asl_model.load_data(
-        args.dataset, args.data, size, split, names, limit, args.seed
+        args.dataset, args.data, size, split, names, args.limit, args.seed
     )
     return Subject(network, task, images, truth, description)
 
@@ -851,13 +890,8 @@ def load_digits(args, device):
     dataset, images, labels = common.load_digits(args.dataset, args.data)
     images = images.to(device)
     network = acwgan.evaluation_classifier(args.out, dataset, images, labels.to(device))
-    limit = args.limit or 1000
-    _, images, truth = common.load_digits(dataset, args.data, False, limit)
-    names = list("0123456789")
-    target = label_index(args.target, names)
-    mean = torch.tensor(0.1307, device=device)  # MNIST's
-    std = torch.tensor(0.3081, device=device)
-    task = Task(names, target, "on", args.threshold, mean=mean, std=std)
+    _, images, truth = common.load_digits(dataset, args.data, False, args.limit)
+    task = new_task(args, list("0123456789"), device, [0.1307], [0.3081])  # MNIST's
     return Subject(network, task, images, truth, f"test digits of {dataset}")
 
 
@@ -867,6 +901,7 @@ def load_single_label(args, device):
     if args.weights:
         print(f"{args.weights} is used instead of torchvision's published weights")
     names = weights.meta["categories"]
+    task = new_task(args, names, device, network[0].mean, network[0].std)
     truth = None
     description = f"photos of COCO {args.split}"
     if args.image:
@@ -880,10 +915,6 @@ def load_single_label(args, device):
     # cropped as these weights ask, but not normalised, which the network does itself
     transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
     images = common.Photos(paths, None, transform)
-    mean = torch.tensor(network[0].mean, device=device)[:, None, None]
-    std = torch.tensor(network[0].std, device=device)[:, None, None]
-    target = label_index(args.target, names)
-    task = Task(names, target, "on", args.threshold, mean=mean, std=std)
     return Subject(network, task, images, truth, description)
 
 
@@ -916,40 +947,39 @@ def figure(title, outcomes, rows, task):
 
     It is the first saved image that the attack is to change, if there is one.
     """
-    columns = ["clean", *[row.name for row in rows]]
+    headings = {"clean": "clean"}
+    for row in rows:
+        gradient = "right gradient, " if row.loss else ""
+        if row.gradient == INPLACE_ABN:
+            gradient = "wrong gradient, "
+        name = row.name.removesuffix("-inplace-abn")
+        headings[row.name] = f"{name}\n{gradient}eps {row.eps:.2g}"
     clean = outcomes["clean"]
     saved = clean.logits[: len(clean.pixels)]
-    attacked = saved.argmax(1) != task.target
-    if task.mean is None:
-        before = is_present(saved, task.threshold)
-        attacked = (wanted_labels(saved, task) != before).any(1)
-    first = attacked.int().argmax()
-    pixels = torch.stack([outcomes[name].pixels[first] for name in columns]) / 255
+    attacked = wanted_labels(saved, task) != predicted_labels(saved, task)
+    first = attacked.any(1).int().argmax()
+    pixels = torch.stack([outcomes[name].pixels[first] for name in headings]) / 255
     changes = pixels - pixels[0]
     scale = changes.abs().max().clamp(min=1 / 255)
-    side = 900 // len(columns)
+    side = 900 // len(headings)
     images = torch.cat([pixels, 0.5 + 0.5 * changes / scale])
     images = F.interpolate(images, (side - 4, side - 4), mode="bilinear", antialias=True)
-    grid = to_pil_image(make_grid(images, len(columns), pad_value=1))
+    grid = to_pil_image(make_grid(images, len(headings), pad_value=1))
     page = Image.new("RGB", (900, 3000), "white")
     page.paste(grid, (0, 80))
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
-    legend = f"Second row: the change, from {-scale:.2f} (black) to {scale:.2f} (white)."
-    ink.text((4, 6), title, "black")
-    ink.text((4, 24), f"{legend} Labels: kept, +new, -lost.", "black")
+    ink.text(
+        (4, 6),
+        f"{title}\nSecond row: the change, from {-scale:.2f} (black) to {scale:.2f} (white). "
+        "Labels: kept, +new, -lost.",
+        "black",
+    )
     bottom = 0
-    for column, row in enumerate(rows, 1):
-        gradient = "right gradient, " if row.loss else ""
-        if row.gradient == INPLACE_ABN:
-            gradient = "wrong gradient, "
-        text = row.name.removesuffix("-inplace-abn")
-        text += f"\n{gradient}eps {row.eps:.2g}"
-        ink.text((4 + column * side, 44), text, "black")
-    ink.text((4, 44), "clean", "black")
-    for column, name in enumerate(columns):
+    for column, name in enumerate(headings):
         x = 4 + column * side
         y = 84 + grid.height
+        ink.text((x, 44), headings[name], "black")
         labels = captions(clean.logits[first], outcomes[name].logits[first], task)
         for text, colour in labels:
             ink.text((x, y), text, colour)
@@ -985,9 +1015,12 @@ def plot_dose(title, places, curves):
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
     ink.text((50, 8), title, "black")
-    text = "activations whose derivative is skipped, from the input on (not to scale);"
-    text += f"\n0: the right gradient; {places[-1]}: that of inplace_abn 1.0.12"
-    ink.text((50, 434), text, "black")
+    ink.text(
+        (50, 434),
+        "activations whose derivative is skipped, from the input on (not to scale);\n"
+        f"0: the right gradient; {places[-1]}: that of inplace_abn 1.0.12",
+        "black",
+    )
     xs = np.linspace(50, 580, len(places))
     for x, place in zip(xs, places, strict=True):
         ink.text((x, 416), str(place), "black", anchor="mt")
@@ -1011,21 +1044,12 @@ def plot_dose(title, places, curves):
     return page
 
 
-def gradient_cosines(networks, images, task):
-    """{row: cosines (N,) of its gradients with the right ones}, of week 5's loss at N images."""
-    wanted = wanted_labels(logits_of(networks["clean"], images), task)
-    gradients = {}
-    for name, network in networks.items():
-        x = images.clone().requires_grad_()
-        loss = softmax_bce(network(x.clone()), wanted).sum()
-        (gradient,) = torch.autograd.grad(loss, x)
-        gradients[name] = gradient.flatten(1)
-    del gradients["noise"]
-    right = gradients.pop("clean")
-    cosines = {}
-    for name, gradient in gradients.items():
-        cosines[name] = F.cosine_similarity(right, gradient).cpu()
-    return cosines
+def week_5_gradient(network, images, logits, task):
+    """The gradient (N, D) of week 5's loss at N images with these logits (N, L)."""
+    x = images.clone().requires_grad_()
+    loss = softmax_bce(network(x.clone()), wanted_labels(logits, task))
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return gradient.flatten(1)
 
 
 def check_gradients(network, rows, image):
@@ -1039,7 +1063,11 @@ def check_gradients(network, rows, image):
         imitation = asl_model.inplace_abn_1_0_12(network)
         checked["wrong_gradient_error"] = imitation
         logits_of(imitation, image[None])  # it counts its places
-        numbers["places"] = imitation.places
+        places = imitation.places
+        numbers["places"] = places
+        print(f"the wrong gradient skips the derivatives of {places} activations")
+        if places == 0:
+            print("WARNING: this network has none to skip: its wrong gradient is right")
     for name, model in checked.items():
         try:
             error = gradient_error(model, image[None])
@@ -1052,26 +1080,19 @@ def check_gradients(network, rows, image):
             verdict = "WARNING: the gradient is WRONG"
         print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
         numbers[name] = None if math.isnan(error) else error  # JSON has no NaN
-    if "places" in numbers:
-        places = numbers["places"]
-        print(f"the wrong gradient skips the derivatives of {places} activations")
-        if numbers["places"] == 0:
-            print("WARNING: this network has none to skip: its wrong gradient is right")
     return numbers
 
 
 def print_report(rows, numbers, task):
     """Print, for labels, the log's six counts, and every attack's settings and numbers."""
     counts = ["mean_sigmoid"]
-    rates = ["target_reached"]
+    rates = ["target_switched"]
     if task.mean is None:
         counts = ["target_after", "labels_after", "others_new"]
-        rates = ["target_switched", "exact", "others_lost"]
-        shown = list(dict.fromkeys([rows[0].name, rows[-1].name]))
-        lines = []
-        for key in TARGET_COUNTS + LABEL_COUNTS:
-            lines.append([key, *[numbers[name][key] for name in shown]])
-        common.print_table([f"target: {task.names[task.target]}", *shown], lines)
+        rates += ["exact", "others_lost"]
+        first = rows[0].name
+        lines = [(key, numbers[first][key]) for key in COUNTS]
+        common.print_table([f"target: {task.names[task.target]}", first], lines)
         print()
     for keys in (["eps", "alpha", "steps", *counts], rates):
         lines = []
@@ -1094,11 +1115,8 @@ def print_photo(network, outcomes, task, device):
         after = logits_of(network, pixels).cpu()
         words = [text for text, _ in captions(before[0], after[0], task)]
         print(f"{name}: {', '.join(words) or 'no label'}")
-    done = after.argmax() == task.target
-    if task.mean is None:
-        wanted = wanted_labels(before, task).bool()
-        done = torch.equal(is_present(after, task.threshold), wanted)
-    if not done:
+    wanted = wanted_labels(before, task).bool()
+    if not torch.equal(predicted_labels(after, task), wanted):
         print("these 8-bit pixels fail; without --week, a larger --eps may help")
 
 
@@ -1116,7 +1134,7 @@ class Outcome(NamedTuple):
         """Store the logits of the images with the row numbers in `batch`, and the first pixels."""
         first = [i for i in batch if i < len(self.pixels)]
         self.logits[batch] = logits.cpu()
-        pixels = (images[: len(first)].clamp(0, 1) * 255).round()
+        pixels = (images[: len(first)] * 255).round()
         self.pixels[first] = pixels.byte().cpu()
 
 
@@ -1133,8 +1151,9 @@ def require_same_settings(args, **facts):
     path = args.out / "results.json"
     if args.force or not path.exists():
         return
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(json.dumps({**vars(args), **facts}, default=str))
+    for name in FREE:
+        del settings[name]
     try:
         record = json.loads(path.read_bytes())
         old = {**record, **record["settings"]}
@@ -1142,41 +1161,46 @@ def require_same_settings(args, **facts):
         raise common.Failure(
             f"{path} is damaged; choose another --out, or add --force", 2
         ) from None
-    common.require_same(path, old, {**settings, **facts})
+    common.require_same(path, old, settings)
 
 
 def save_arrays(args, subject, outcomes):
     """Write adversarial.npz: pixels and logits of the first --save images, and what they are."""
     n = args.save
-    arrays = {"names": np.array(subject.task.names)}
+    arrays = {
+        "names": subject.task.names,
+        "truth": [],
+    }  # without a truth, it is not known
+    if subject.truth is not None:
+        arrays["truth"] = subject.truth[:n]
     for name, outcome in outcomes.items():
-        arrays[f"adversarial-{name}"] = outcome.pixels[:n].numpy()
-        arrays[f"after-{name}"] = outcome.logits[:n].numpy()
+        arrays[f"adversarial-{name}"] = outcome.pixels[:n]
+        arrays[f"after-{name}"] = outcome.logits[:n]
     arrays["clean"] = arrays.pop("adversarial-clean")
     arrays["before"] = arrays.pop("after-clean")
-    arrays["truth"] = np.zeros(0)  # it is not known
-    if subject.truth is not None:
-        arrays["truth"] = subject.truth[:n].numpy()
-    files = [f"{subject.description} {i}" for i in range(n)]
-    if isinstance(subject.images, common.Photos):
-        files = [str(path) for path in subject.images.paths[:n]]
-    arrays["files"] = np.array(files)
+    # a photo's path, or the number of a scene or digit
+    files = getattr(subject.images, "paths", range(len(subject.images)))
+    arrays["files"] = [str(file) for file in files[:n]]
     with common.whole_file(args.out / "adversarial.npz") as file:
         np.savez_compressed(file, **arrays)
 
 
-def report(args, device, world, subject, networks, rows, outcomes, record):
+def report(args, device, world, subject, rows, outcomes, record):
     """Count, write the files, then print; returns the record."""
     task = subject.task
     before = outcomes["clean"].logits
-    count = count_labels if task.mean is None else count_top_class
     record["rows"] = {}
     for row in rows:
-        numbers = count(before, outcomes[row.name].logits, subject.truth, task)
+        after = outcomes[row.name].logits
+        numbers = count_labels(before, after, subject.truth, task)
         record["rows"][row.name] = {**row._asdict(), **numbers}
-    if task.mean is None and subject.truth is not None:
+    if subject.truth is not None and task.mean is None:
         ap = asl_model.average_precision(before.numpy(), subject.truth.numpy())
-        record["mAP"] = float(ap.mean())
+        record["mAP"] = ap.mean().item()
+    elif subject.truth is not None:
+        known = subject.truth >= 0
+        hits = before.argmax(1) == subject.truth
+        record["accuracy"] = common.wilson(hits.sum(), known.sum())
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     about = subject.description
@@ -1186,29 +1210,29 @@ def report(args, device, world, subject, networks, rows, outcomes, record):
     shown = [*rows[:3], rows[-1]] if len(rows) > 3 else rows
     pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
     if args.dose:
-        record["cosines"] = {}
+        cosines = {}
         for row in rows[:-1]:
-            record["cosines"][row.name] = outcomes[row.name].cosines.mean().item()
-        places = [networks[row.name].places for row in rows[:-1]]
-        cosines = list(record["cosines"].values())
-        curves = dose_curves(rows, record["rows"], cosines, args.target)
+            cosines[row.name] = outcomes[row.name].cosines.mean().item()
+        places = [row.places for row in rows[:-2]] + [record["places"]]
+        curves = dose_curves(rows, record["rows"], list(cosines.values()), args.target)
         pictures["dose"] = plot_dose(title, places, curves)
+        record["cosines"] = cosines
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
         pictures[f"{args.image.stem}-adversarial"] = picture
     for name, picture in pictures.items():
         with common.whole_file(args.out / f"{name}.png") as file:
             picture.save(file, "png")
-    facts = {"processes": world, "images": subject.description}
-    record = common.write_results(args, device, record, **facts)
+    record = common.write_results(
+        args, device, record, processes=world, images=subject.description
+    )
 
     print(title)
-    if "mAP" in record:
-        print(f"mAP of the network on them: {record['mAP']:.1%}")
-    if "accuracy" in numbers:
-        print(f"accuracy of the network on them: {common.cell(numbers['accuracy'])}")
+    for key in ("mAP", "accuracy"):
+        if key in record:
+            print(f"{key} of the network on them: {common.cell(record[key])}")
     if args.image:
-        print_photo(networks["clean"], outcomes, task, device)
+        print_photo(subject.network, outcomes, task, device)
     else:
         print_report(rows, record["rows"], task)
     print(f"{args.out} holds results.json, adversarial.npz, {', '.join(pictures)} (.png)")
@@ -1222,36 +1246,44 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
     same for any number of processes.
     """
     total = len(subject.images)
-    shape = (min(max(args.save, 1), total), *subject.images[0].shape)
+    shape = (min(args.save, total), *subject.images[0].shape)
     outcomes = {}
     for name in networks:
         logits = torch.zeros(total, len(subject.task.names))
         pixels = torch.zeros(shape, dtype=torch.uint8)
         outcomes[name] = Outcome(logits, torch.zeros(total), pixels)
 
-    attack = attack_labels if subject.task.mean is None else attack_top_class
     batches = torch.arange(total).split(args.batch_size)[rank::world]
     batches = [batch.tolist() for batch in batches]
-    work = len(rows) * sum(map(len, batches))
-    bar = common.progress(desc="attacking", total=work, disable=rank > 0)
+    bar = common.progress(
+        desc="attacking, in images",
+        total=len(rows) * len(batches),
+        unit_scale=args.batch_size,
+        disable=rank > 0,
+    )
     tensors = asl_model.read_batches(subject.images, batches)
     for batch, images in zip(batches, tensors, strict=True):
         if args.augment:
-            seeds = [hash((args.seed, row)) % 2**63 for row in batch]
+            seeds = [asl_model.derived_seed(args.seed, row) for row in batch]
             images = asl_model.augment(images, seeds)
         images = images.to(device)
-        before = logits_of(networks["clean"], images)
+        before = logits_of(subject.network, images)
         outcomes["clean"].keep(batch, images, before)
         if args.dose:
-            cosines = gradient_cosines(networks, images, subject.task)
-            for name in cosines:
-                outcomes[name].cosines[batch] = cosines[name]
+            right = week_5_gradient(subject.network, images, before, subject.task)
         for number, row in enumerate(rows):
-            torch.manual_seed(hash((args.seed, batch[0], number)) % 2**63)
-            moved = attack(networks[row.name], images, before, row, subject.task)
-            logits = logits_of(networks["clean"], moved)
-            outcomes[row.name].keep(batch, moved, logits)
-            bar.update(len(batch))
+            network = networks[row.name]
+            outcome = outcomes[row.name]
+            if args.dose:
+                used = week_5_gradient(network, images, before, subject.task)
+                outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
+            torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], number))
+            attack = attack_labels
+            if subject.task.mean is not None and row.loss not in LOSSES:
+                attack = attack_top_class
+            moved = attack(network, images, before, row, subject.task)
+            outcome.keep(batch, moved, logits_of(subject.network, moved))
+            bar.update()
     bar.close()
     if world > 1:
         for outcome in outcomes.values():
@@ -1302,7 +1334,7 @@ def main(argv=None):
         outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
         if rank > 0:
             return None
-        return report(args, device, world, subject, networks, rows, outcomes, record)
+        return report(args, device, world, subject, rows, outcomes, record)
 
 
 if __name__ == "__main__":
