@@ -48,10 +48,13 @@ MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
 
 def settings(argv=None):
     """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
-    datasets = ("auto", "mnist", "glyphs")
-    about = "auto: mnist, or glyphs where MNIST is not to be had"
-    limit = "train on the first N images"
-    parser = common.parser(__doc__, Path("runs/acwgan"), datasets, about, limit)
+    parser = common.parser(
+        __doc__,
+        Path("runs/acwgan"),
+        ("auto", "mnist", "glyphs"),
+        "auto: mnist, or glyphs where MNIST is not to be had",
+        "train on the first N images",
+    )
     add = parser.add_argument
     number = common.number
     count = number(int, 1)
@@ -97,7 +100,7 @@ class Generator(nn.Module):
     (Radford et al. 2015), but for the pixel shuffle at its end, which is faster on a CPU.
     """
 
-    def __init__(self, latent=74, width=32, image_size=28):
+    def __init__(self, latent, width, image_size):
         super().__init__()
         scale = 2 ** (DOUBLINGS[image_size] + 1)
         channels = width * scale
@@ -130,9 +133,8 @@ class Critic(nn.Module):
     layer sees 2x2 pixels as four channels, which is faster on a CPU.
     """
 
-    def __init__(self, width=32, image_size=28):
+    def __init__(self, width, image_size):
         super().__init__()
-        self.unshuffle = nn.PixelUnshuffle(2)
         layers = [nn.Conv2d(4, width, 3, 1, 1)]
         side = image_size // 2
         for _ in range(DOUBLINGS[image_size]):
@@ -144,7 +146,7 @@ class Critic(nn.Module):
         self.heads = nn.Linear(2 * width * side**2, 1 + CLASSES)
 
     def forward(self, images):
-        maps = self.unshuffle(2 * images - 1)
+        maps = F.pixel_unshuffle(2 * images - 1, 2)
         maps = maps.contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             maps = leaky_relu(layer(maps))
@@ -153,27 +155,39 @@ class Critic(nn.Module):
         return out[:, 0], out[:, 1:]
 
 
-class EvaluationClassifier(nn.Module):
-    """The independent classifier that measures: images (N, 1, 28, 28) in [0, 1] -> logits (N, 10).
+class Classifier(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` are what the head sees."""
 
-    It takes part in no loss. The Frechet distance is taken in the 64 `features` before its end.
-    """
-
-    def __init__(self):
+    def __init__(self, layers, width=128):
         super().__init__()
-        layers = [nn.PixelUnshuffle(2)]
-        channels = 4
-        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2)):
-            layers.append(nn.Conv2d(channels, width, 3, stride, 1, bias=False))
-            layers += [nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        layers += [nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(64, CLASSES)
+        self.head = nn.Linear(width, CLASSES)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        return self.head(self.features(images))
+        return self.head(self.features(images)).float()
+
+
+def cnn(convolutions, outputs, features=128, norm=False):
+    """A classifier of convolutions (channels, kernel size, stride), the last of which returns
+    `outputs` numbers; `norm` puts a batch norm behind each."""
+    layers = [nn.PixelUnshuffle(2)]
+    channels = 4
+    for width, size, stride in convolutions:
+        layers.append(nn.Conv2d(channels, width, size, stride, 1, bias=not norm))
+        if norm:
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU())
+        channels = width
+    layers += [nn.Flatten(), nn.Linear(outputs, features), nn.ReLU()]
+    return Classifier(layers, features)
+
+
+def evaluation_network():
+    """The independent classifier that measures. It takes part in no loss; the Frechet distance is
+    taken in its 64 features."""
+    convolutions = [(32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2)]
+    return cnn(convolutions, 2048, 64, norm=True)
 
 
 def gradient_norms(critic, real, fake):
@@ -217,20 +231,10 @@ def generator_loss(critic, fake, labels):
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def require_finite(path, content, advice):
-    """Raise Failure if a network in a checkpoint holds NaN or infinity."""
-    for name in ("generator", "critic", "average", "network"):
-        for weight in content.get(name, {}).values():
-            if not weight.isfinite().all():
-                raise common.Failure(f"{path}: a weight is NaN or infinite; {advice}")
-
-
 def load_checkpoint(path):
     """Read the checkpoint of a training run."""
     advice = "choose another --out, or train anew with --force"
-    checkpoint = common.load_checkpoint(path, advice, "acwgan")
-    require_finite(path, checkpoint, advice)
-    return checkpoint
+    return common.load_checkpoint(path, advice, "acwgan")
 
 
 def open_checkpoint(args, dataset, n):
@@ -239,7 +243,9 @@ def open_checkpoint(args, dataset, n):
     for name in MUST_MATCH:
         settings[name] = getattr(args, name)
     path = args.out / "checkpoint.pt"
-    if path.exists() and not args.force:
+    if args.force:  # otherwise --resume would continue the old run
+        path.unlink(missing_ok=True)
+    if path.exists():
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
         if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
@@ -253,8 +259,14 @@ def open_checkpoint(args, dataset, n):
     for name in ("data", "device", "samples", "inception"):
         settings[name] = getattr(args, name)
     total = n // args.batch_size * args.epochs
-    start = {"kind": "acwgan", "settings": settings, "steps": 0, "total_steps": total}
-    return {**start, "seconds": 0.0, "history": []}
+    return {
+        "kind": "acwgan",
+        "settings": settings,
+        "steps": 0,
+        "total_steps": total,
+        "seconds": 0.0,
+        "history": [],
+    }
 
 
 def autocast(device):
@@ -308,25 +320,21 @@ def train(args, checkpoint, images, labels):
         torch.set_rng_state(checkpoint["random"])
 
     total = checkpoint["total_steps"]
-    steps_per_epoch = total // args.epochs
+    batches = []
+    for epoch in range(args.epochs):
+        stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(images), generator=stream).to(device)
+        batches += order.split(args.batch_size)[: total // args.epochs]
     start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
-    if args.force:  # otherwise --resume would continue the old run
-        (args.out / "checkpoint.pt").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
-        position = step % steps_per_epoch
-        if position == 0 or step == first_step:
-            # each epoch has its own seed, so that a run can resume within it
-            stream = torch.Generator()
-            stream.manual_seed(args.seed * 1_000_003 + step // steps_per_epoch)
-            order = torch.randperm(len(images), generator=stream).to(device)
-            batches = order.split(args.batch_size)
-        real = resize(images[batches[position]], args.image_size)
-        y = labels[batches[position]]
+        real = resize(images[batches[step]], args.image_size)
+        y = labels[batches[step]]
 
         # both learning rates fall linearly to zero
-        critic_adam.param_groups[0]["lr"] = args.critic_lr * (1 - step / total)
-        generator_adam.param_groups[0]["lr"] = args.generator_lr * (1 - step / total)
+        remaining = 1 - step / total
+        critic_adam.param_groups[0]["lr"] = args.critic_lr * remaining
+        generator_adam.param_groups[0]["lr"] = args.generator_lr * remaining
 
         # As in the log, all critic steps see the same real images. The last one shares its
         # fake images with the generator's step, which saves a pass through the generator.
@@ -359,11 +367,10 @@ def save_checkpoint(out, checkpoint, parts):
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
-    path = out / "checkpoint.pt"
-    advice = "the training diverged; start anew with lower --critic-lr and --generator-lr"
-    require_finite(path, checkpoint, advice)
-    with common.whole_file(path) as file:
-        torch.save(checkpoint, file)
+    if not common.is_finite(checkpoint):
+        advice = "start anew with lower --critic-lr and --generator-lr"
+        raise common.Failure(f"the training in {out} diverged; {advice}")
+    common.save(out / "checkpoint.pt", checkpoint)
     common.write_csv(out / "history.csv", checkpoint["history"])
 
 
@@ -375,10 +382,10 @@ def resize(images, size):
 
 def in_batches(function, *tensors, size=100):
     """function(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
+    parts = [tensor.split(size) for tensor in tensors]
+    batches = list(zip(*parts, strict=True))
     results = []
-    starts = range(0, len(tensors[0]), size)
-    for start in common.progress(starts, "images", unit_scale=size):
-        batch = [tensor[start : start + size] for tensor in tensors]
+    for batch in common.progress(batches, "images", unit_scale=size):
         results.append(function(*batch))
     return torch.cat(results)
 
@@ -406,8 +413,8 @@ def train_classifier(network, images, labels, settings, attack=None):
     batches = []
     # a small data set is repeated until there are some 300 steps
     for _ in range(max(settings["epochs"], 300 * batch_size // n)):
-        order = torch.randperm(n, generator=stream)[: n // batch_size * batch_size]
-        batches.extend(order.to(images.device).split(batch_size))
+        order = torch.randperm(n, generator=stream).to(images.device)
+        batches += order.split(batch_size)[: n // batch_size]
     adam = AdamW(network.parameters(), weight_decay=0.01, fused=True)
     schedule = OneCycleLR(adam, settings["lr"], len(batches), pct_start=0.2)
     for batch in common.progress(batches, type(network).__name__, unit="step"):
@@ -436,13 +443,11 @@ def cached_classifier(path, network, images, labels, settings, attack=None):
     if path.exists():
         advice = "delete it, and the classifier is trained again"
         cached = common.load_checkpoint(path, advice, "classifier")
-        require_finite(path, cached, advice)
     if cached.get("settings") != settings:
         train_classifier(network, images, labels, settings, attack)
-        cached = {"kind": "classifier", "settings": settings}
-        cached["network"] = network.state_dict()
-        with common.whole_file(path) as file:
-            torch.save(cached, file)
+        weights = network.state_dict()
+        cached = {"kind": "classifier", "settings": settings, "network": weights}
+        common.save(path, cached)
     network.load_state_dict(cached["network"])
     return network.eval().requires_grad_(False)
 
@@ -454,9 +459,8 @@ def evaluation_classifier(out, dataset, images, labels):
     at most 10,000, is held out: real digits that it has not seen.
     """
     n = len(images) - min(10_000, len(images) // 6)
-    with torch.random.fork_rng(devices=[]):  # leaves the run's own random numbers alone
-        torch.manual_seed(EVALUATION["seed"])
-        network = EvaluationClassifier().to(images.device)
+    torch.manual_seed(EVALUATION["seed"])
+    network = evaluation_network().to(images.device)
     network.training_images = n
     settings = {"network": "EvaluationClassifier", "dataset": dataset, "images": n}
     settings.update(EVALUATION)
@@ -512,7 +516,7 @@ def evaluate(args, generator, classifier, images, labels, test_images, test_labe
         "evaluation_accuracy": accuracy(classifier, test_images, test_labels),
     }
     if args.inception:
-        weights = Path(args.data, common.INCEPTION)
+        weights = common.inception_weights(args.data)
         generated = common.inception_features(samples, weights, images.device)
         real = common.inception_features(test_images, weights, images.device)
         results["fid"] = frechet(generated, real)
@@ -571,7 +575,7 @@ def main(argv=None):
         return draw(args, device)
     with common.hold(args.out):
         dataset, images, labels = common.load_digits(
-            args.dataset, args.data, limit=args.limit
+            args.dataset, args.data, limit=args.limit, device=device
         )
         n = len(images)
         # a covariance needs two of the held-out images, which are a sixth
@@ -579,13 +583,10 @@ def main(argv=None):
             raise common.Failure(f"{n} images are too few: under 12, or --batch-size", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         if args.inception:  # before the training, so that a failure is noticed
-            weights = Path(args.data, common.INCEPTION)
-            common.download(common.INCEPTION_URL, weights, common.INCEPTION[-12:-4])
-        _, test_images, test_labels = common.load_digits(dataset, args.data, False)
-        images = images.to(device)
-        labels = labels.to(device)
-        test_images = test_images.to(device)
-        test_labels = test_labels.to(device)
+            common.inception_weights(args.data)
+        _, test_images, test_labels = common.load_digits(
+            dataset, args.data, train=False, device=device
+        )
         classifier = evaluation_classifier(args.out, dataset, images, labels)
         generator = train(args, checkpoint, images, labels)
         results = evaluate(
@@ -594,9 +595,14 @@ def main(argv=None):
         generated = generate(generator, test_labels[:32], args.seed)
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
-        facts = {"dataset": dataset, "dataset_size": n}
-        facts["training_seconds"] = checkpoint["seconds"]
-        record = common.write_results(args, device, results, **facts)
+        record = common.write_results(
+            args,
+            device,
+            results,
+            dataset=dataset,
+            dataset_size=n,
+            training_seconds=checkpoint["seconds"],
+        )
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record
 

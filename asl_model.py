@@ -372,8 +372,7 @@ def published_weights(name, data_dir):
     """The path of the weights that torchvision publishes for its network `name`, downloaded."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     path = Path(data_dir, url.rpartition("/")[2])
-    # its name ends in the start of its hash
-    return common.download(url, path, path.stem.rpartition("-")[2])
+    return common.download(url, path)
 
 
 def default_weights(dataset, data_dir, device):
@@ -396,16 +395,14 @@ def default_weights(dataset, data_dir, device):
 
 
 def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint, wrapped or not; raises Failure if a weight isn't finite."""
+    """The state dict in a checkpoint, wrapped or not; raises Failure for what is no tensor."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     state = {}
     for name, x in content.items():
-        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
-            raise common.Failure(
-                f"{path}: {name} is not a finite tensor; use other --weights"
-            )
+        if not isinstance(x, torch.Tensor):
+            raise common.Failure(f"{path}: {name} is not a tensor; use other --weights")
         state[str(name).removeprefix("module.")] = x
     return state
 
@@ -777,18 +774,16 @@ def train(args, device, names):
             if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
         if is_judged or step % SAVE_EVERY == 0:
-            if not all(x.isfinite().all() for x in averages):
-                raise common.Failure(f"the training diverged; lower --lr {args.lr}")
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
-            with common.whole_file(path) as file:
-                torch.save(checkpoint, file)
+            if not common.is_finite(checkpoint):
+                raise common.Failure(f"the training diverged; lower --lr {args.lr}")
+            common.save(path, checkpoint)
     for name in parts:
         del checkpoint[name]
     path = args.out / f"{args.arch}-{args.dataset}.pth"
-    with common.whole_file(path) as file:
-        torch.save(checkpoint, file)
+    common.save(path, checkpoint)
     common.write_csv(args.out / "history.csv", history)
     return path, len(labels)
 

@@ -27,7 +27,6 @@ from scipy.linalg import sqrtm
 from torch import nn
 from torch.backends import cudnn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import MNIST
 from torchvision.models import inception_v3
@@ -179,11 +178,24 @@ def whole_file(path):
         draft.unlink(missing_ok=True)
 
 
+def is_finite(content):
+    """Whether no tensor in nested dictionaries holds NaN or infinity."""
+    if isinstance(content, dict):
+        return all(map(is_finite, content.values()))
+    return not isinstance(content, torch.Tensor) or bool(content.isfinite().all())
+
+
+def save(path, content):
+    """Write `content` to `path` as torch.save does, but whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(content, file)
+
+
 def load_checkpoint(path, advice, kind=None):
     """The dictionary of tensors (on the CPU) and plain values that torch.save wrote to `path`.
 
     Nothing else is loaded, so that no file can run code. Raises Failure, whose text ends in
-    `advice`, if the file is absent, damaged or unsafe, or if its "kind" is not `kind`.
+    `advice`, if the file is absent, damaged or unsafe, holds NaN, or has another "kind".
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,6 +207,8 @@ def load_checkpoint(path, advice, kind=None):
         raise Failure(f"{path} {reason}; {advice}") from None
     if not isinstance(content, dict) or kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
+    if not is_finite(content):
+        raise Failure(f"{path} holds a NaN or infinite weight; {advice}")
     return content
 
 
@@ -269,8 +283,9 @@ def write_results(args, device, numbers, **facts):
     return record
 
 
-def download(url, path, sha256=""):
-    """Fetch `url` to `path` unless it is there; its SHA-256 must begin with `sha256`."""
+def download(url, path):
+    """Fetch `url` to `path` unless it is there. Torch's files, x-0123abcd.pth, have the start of
+    their SHA-256 in their name, which is checked."""
     if path.exists():
         return path
     try:
@@ -278,8 +293,9 @@ def download(url, path, sha256=""):
             blocks = iter(lambda: answer.read(2**20), b"")
             size = int(answer.headers.get("Content-Length", 0))
             content = b"".join(progress(blocks, path.name, size / 2**20, delay=5))
+        expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
         digest = hashlib.sha256(content).hexdigest()
-        if len(content) < size or not digest.startswith(sha256):
+        if len(content) < size or (expected and not digest.startswith(expected[1])):
             raise OSError("the file is incomplete or not the expected one")
     except Exception as problem:  # urllib raises many kinds
         raise Failure(f"{url}: {problem}; put that file at {path} yourself") from None
@@ -316,35 +332,33 @@ def frechet_distance_torch(x, y):
     """The same distance between features x (N, D) and y (M, D): a scalar, differentiable in x.
 
     With centred features A, B over sqrt(n - 1), tr sqrt(S1 S2) is the nuclear norm of A B^T (N, M):
-    exact also when N < D. Its gradient is the polar factor U V^T (Watson 1992); autograd through
-    an SVD would divide by differences of singular values. ValueError for other shapes or NaN.
+    exact also when N < D. The gradient of its singular values divides by no difference of two, as
+    that of singular vectors would. In float64, on the CPU. ValueError for NaN, or N or M of 1.
     """
-    fit = x.ndim == 2 and x.shape[1:] == y.shape[1:] and min(len(x), len(y)) > 1
-    if not fit or not torch.cat([x, y]).isfinite().all():
+    if min(len(x), len(y)) < 2 or not torch.cat([x, y]).isfinite().all():
         raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
-    features = x.to(exact)
-    others = y.detach().to(exact)
+    features = x.cpu().double()
+    others = y.detach().cpu().double()
     a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
     b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
-    with torch.no_grad():
-        q, ra = torch.linalg.qr(a)  # QR shrinks A B^T to (D, D) at most
-        rb = torch.linalg.qr(b).R
-        u, s, vh = torch.linalg.svd(ra @ rb.T, full_matrices=False)
-        # a direction of singular value 0 has no polar factor
-        rank = (s > s[0] * max(len(ra), len(rb)) * torch.finfo(exact).eps).sum()
-        gradient = q @ (u[:, :rank] @ vh[:rank]) @ rb
-    cross = (a * gradient).sum()  # the nuclear norm, and its gradient
+    # QR shrinks A B^T to (N, D) at most
+    s = torch.linalg.svdvals(a @ torch.linalg.qr(b, mode="r").R.T)
+    rounding = s[0] * len(s) * torch.finfo(s.dtype).eps
+    cross = s[s > rounding].sum()  # a singular value of 0 has no gradient
     shift = features.mean(0) - others.mean(0)
     traces = a.square().sum() + b.square().sum()
-    return (shift.square().sum() + traces - 2 * cross).to(x.dtype)
+    return (shift.square().sum() + traces - 2 * cross).to(x)
 
 
-# the name ends in the start of the file's SHA-256
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
 )
+
+
+def inception_weights(data_dir):
+    """The path of INCEPTION in `data_dir`, downloaded if absent."""
+    return download(INCEPTION_URL, Path(data_dir, INCEPTION))
 
 
 def inception_features(images, weights=None, device="cpu"):
@@ -358,14 +372,11 @@ def inception_features(images, weights=None, device="cpu"):
     fit = images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
     if not (fit and 0 <= images.min() <= images.max() <= 1):
         raise ValueError("images must be (N, 1 or 3, H, W), and in [0, 1]")
-    if weights is None:
-        weights = download(INCEPTION_URL, Path("data", INCEPTION), INCEPTION[-12:-4])
+    weights = weights or inception_weights("data")
     state = load_checkpoint(weights, f"put {INCEPTION_URL} there")
     network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     try:
         network.load_state_dict(state)
-        if not all(weight.isfinite().all() for weight in state.values()):
-            raise RuntimeError("it holds NaN or infinity")
     except RuntimeError as problem:
         raise Failure(f"{weights} is not {INCEPTION_URL}: {problem}") from None
     network.fc = nn.Identity()
@@ -423,12 +434,13 @@ def glyphs(n, seed=0):
     return torch.from_numpy(images) / 255, torch.arange(n) % 10
 
 
-def load_digits(name, data_dir, train=True, limit=None):
+def load_digits(name, data_dir, train=True, limit=None, device="cpu"):
     """(Data set used, images, labels) of mnist, glyphs, or auto: MNIST where it can be had."""
+    used = "glyphs"
     if name != "glyphs":
         try:
             images, labels = load_mnist(data_dir, train)
-            return "mnist", images[:limit], labels[:limit]
+            used = "mnist"
         except Failure as problem:
             if name == "mnist":
                 raise
@@ -439,11 +451,13 @@ def load_digits(name, data_dir, train=True, limit=None):
                 sep="\n",
                 file=sys.stderr,
             )
-    size = 60_000 if train else 10_000
-    return "glyphs", *glyphs(limit or size, seed=0 if train else 1)
+    if used == "glyphs":
+        size = 60_000 if train else 10_000
+        images, labels = glyphs(limit or size, seed=0 if train else 1)
+    return used, images[:limit].to(device), labels[:limit].to(device)
 
 
-class Photos(Dataset):
+class Photos:
     """Photos read when asked for: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
 
     Each is rotated as its EXIF says, put on white where transparent, and converted by `transform`;

@@ -887,9 +887,8 @@ def load_multi_label(args, device):
 
 def load_digits(args, device):
     """Week 4's Subject on digits, with the evaluation classifier of week 1."""
-    dataset, images, labels = common.load_digits(args.dataset, args.data)
-    images = images.to(device)
-    network = acwgan.evaluation_classifier(args.out, dataset, images, labels.to(device))
+    dataset, images, labels = common.load_digits(args.dataset, args.data, device=device)
+    network = acwgan.evaluation_classifier(args.out, dataset, images, labels)
     _, images, truth = common.load_digits(dataset, args.data, False, args.limit)
     task = new_task(args, list("0123456789"), device, [0.1307], [0.3081])  # MNIST's
     return Subject(network, task, images, truth, f"test digits of {dataset}")
