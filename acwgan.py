@@ -16,7 +16,6 @@ samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and re
 
 import copy
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
+from common import Failure
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -249,7 +249,7 @@ def open_checkpoint(args, dataset, n):
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
         if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
-            raise common.Failure(
+            raise Failure(
                 f"{path} is an unfinished training; continue it with --resume, "
                 "or start anew with --force",
                 2,
@@ -264,7 +264,6 @@ def open_checkpoint(args, dataset, n):
         "settings": settings,
         "steps": 0,
         "total_steps": total,
-        "seconds": 0.0,
         "history": [],
     }
 
@@ -322,10 +321,10 @@ def train(args, checkpoint, images, labels):
     total = checkpoint["total_steps"]
     batches = []
     for epoch in range(args.epochs):
+        # each has its own seed, so that a run can resume
         stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=stream).to(device)
         batches += order.split(args.batch_size)[: total // args.epochs]
-    start_time = time.time() - checkpoint["seconds"]
     steps = range(first_step, total)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
         real = resize(images[batches[step]], args.image_size)
@@ -357,7 +356,6 @@ def train(args, checkpoint, images, labels):
             checkpoint["history"].append({"step": step + 1, **row})
         if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
             checkpoint["steps"] = step + 1
-            checkpoint["seconds"] = time.time() - start_time
             save_checkpoint(args.out, checkpoint, parts)
     return average
 
@@ -369,7 +367,7 @@ def save_checkpoint(out, checkpoint, parts):
     checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
     if not common.is_finite(checkpoint):
         advice = "start anew with lower --critic-lr and --generator-lr"
-        raise common.Failure(f"the training in {out} diverged; {advice}")
+        raise Failure(f"the training in {out} diverged; {advice}")
     common.save(out / "checkpoint.pt", checkpoint)
     common.write_csv(out / "history.csv", checkpoint["history"])
 
@@ -580,7 +578,7 @@ def main(argv=None):
         n = len(images)
         # a covariance needs two of the held-out images, which are a sixth
         if n < max(args.batch_size, 12):
-            raise common.Failure(f"{n} images are too few: under 12, or --batch-size", 2)
+            raise Failure(f"{n} images are too few: under 12, or --batch-size", 2)
         checkpoint = open_checkpoint(args, dataset, n)
         if args.inception:  # before the training, so that a failure is noticed
             common.inception_weights(args.data)
@@ -596,12 +594,7 @@ def main(argv=None):
         with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
             figure(generated, test_images[:32]).save(file, "png")
         record = common.write_results(
-            args,
-            device,
-            results,
-            dataset=dataset,
-            dataset_size=n,
-            training_seconds=checkpoint["seconds"],
+            args, device, results, dataset=dataset, dataset_size=n
         )
     common.print_table((f"week 1 on {dataset}, in {args.out}", ""), results.items())
     return record

@@ -34,6 +34,7 @@ from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
+from common import Failure, Photos, number, wilson
 
 
 class Architecture(NamedTuple):
@@ -94,17 +95,17 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
     add = p.add_argument
     add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
     add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
-    add("--image-size", type=common.number(int, 32, 1024), metavar="N", help="pixels")
+    add("--image-size", type=number(int, 32, 1024), metavar="N", help="pixels")
     add(
         "--threshold",
-        type=common.number(float, 1e-6, 0.999999),
+        type=number(float, 1e-6, 0.999999),
         default=0.5,
         help="probability above which a label is present; ASL's code has 0.8",
     )
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
-    add("--epochs", type=common.number(int, 1), help="passes of --train over the images")
-    add("--batch-size", type=common.number(int, 2), default=32, help="images at once")
-    add("--lr", type=common.number(float, 1e-12), help="Adam's peak learning rate")
+    add("--epochs", type=number(int, 1), help="passes of --train over the images")
+    add("--batch-size", type=number(int, 2), default=32, help="images at once")
+    add("--lr", type=number(float, 1e-12), help="Adam's peak learning rate")
     args = p.parse_args(argv)
     for path in (args.image, args.weights):  # before anything is downloaded
         if path and not Path(path).is_file():
@@ -330,7 +331,7 @@ class InplaceABN1012(nn.Module):
     def __init__(self, model, first=None):
         super().__init__()
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise common.Failure(
+            raise Failure(
                 "a scripted or traced network hides its activations; "
                 "pass the network that it was made from",
                 2,
@@ -338,7 +339,7 @@ class InplaceABN1012(nn.Module):
         try:
             self.network = copy.deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
-            raise common.Failure(
+            raise Failure(
                 f"the network cannot be copied, so use its right gradient: {problem}", 2
             ) from None
         for module in self.network.modules():
@@ -357,7 +358,7 @@ class InplaceABN1012(nn.Module):
         if self.places is None:
             right = self.network(images.clone())
             if not torch.allclose(logits, right, 1e-4, 1e-4):
-                raise common.Failure(
+                raise Failure(
                     "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
                 )
         self.places = mode.places
@@ -387,8 +388,8 @@ def default_weights(dataset, data_dir, device):
     try:
         file = "MS_COCO_TRresNet_M_224_81.8.pth"
         return common.download(ZOO + file, Path(data_dir, file))
-    except common.Failure as problem:
-        raise common.Failure(
+    except Failure as problem:
+        raise Failure(
             "there is no COCO classifier here; train one (35 minutes on two CPU cores): python "
             f"asl_model.py --train --dataset coco --arch resnet18 --limit 40000 ({problem})"
         ) from None
@@ -402,7 +403,7 @@ def state_dict_of(content, path="the checkpoint"):
     state = {}
     for name, x in content.items():
         if not isinstance(x, torch.Tensor):
-            raise common.Failure(f"{path}: {name} is not a tensor; use other --weights")
+            raise Failure(f"{path}: {name} is not a tensor; use other --weights")
         state[str(name).removeprefix("module.")] = x
     return state
 
@@ -462,7 +463,7 @@ def load_asl(path, arch=None, folded=True):
         if network.image_size not in range(32, 1025, 4):
             raise ValueError(f"its image_size is {network.image_size}")
     except Exception as problem:  # a foreign file may raise anything
-        raise common.Failure(
+        raise Failure(
             f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights "
             f"({type(problem).__name__}: {problem})"
         ) from None
@@ -537,7 +538,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     """(Images, labels, class names, description) of a data set.
 
     scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `common.Photos`, those of the first `limit` that have a label; `split` val2017, train2017.
+    coco: `Photos`, those of the first `limit` that have a label; `split` val2017, train2017.
     Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
     if dataset == "scenes":
@@ -551,21 +552,19 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
         images, labels, known = common.load_coco(data_dir, image_size, limit, split)
         rows = labels.any(1).nonzero()[:, 0]
         if len(rows) == 0:
-            raise common.Failure(f"no photo of {split} has a label; raise --limit", 2)
+            raise Failure(f"no photo of {split} has a label; raise --limit", 2)
         images.paths = [images.paths[i] for i in rows]
         labels = labels[rows]
         description = f"labelled photos of COCO {split}"
     names = names or known
     unknown = set(names) ^ set(known)
     if unknown:
-        raise common.Failure(
-            f"{dataset} or the network lacks the label {min(unknown)}", 2
-        )
+        raise Failure(f"{dataset} or the network lacks the label {min(unknown)}", 2)
     return images, labels[:, [known.index(name) for name in names]], names, description
 
 
 def read_batches(images, batches):
-    """Yield the images (a tensor or `common.Photos`) at each list of row numbers in `batches`."""
+    """Yield the images (a tensor or `Photos`) at each list of row numbers in `batches`."""
     ahead = []  # threads decode the photos of three more batches
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for rows in batches:
@@ -610,7 +609,7 @@ def training_data(args, names):
     images, labels = load_data(split="train2017", **source)[:2]
     # independent of seed and limit, so that a later run holds out the same photos
     is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == 0
-    held_out = common.Photos(images.paths[::HELD_OUT_EVERY], args.image_size)
+    held_out = Photos(images.paths[::HELD_OUT_EVERY], args.image_size)
     del images.paths[::HELD_OUT_EVERY]
     return (images, labels[~is_held_out]), (held_out, labels[is_held_out])
 
@@ -724,9 +723,9 @@ def train(args, device, names):
     common.require_same(path, checkpoint.setdefault("training_data", data), data)
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
-        raise common.Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
+        raise Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
     if 0 < done < total and not args.resume:
-        raise common.Failure(
+        raise Failure(
             f"{path} is an unfinished training; continue it with --resume, "
             "or start anew with --force",
             2,
@@ -778,7 +777,7 @@ def train(args, device, names):
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
             if not common.is_finite(checkpoint):
-                raise common.Failure(f"the training diverged; lower --lr {args.lr}")
+                raise Failure(f"the training diverged; lower --lr {args.lr}")
             common.save(path, checkpoint)
     for name in parts:
         del checkpoint[name]
@@ -845,8 +844,8 @@ def measure(logits, labels, threshold):
     return {
         "n": len(labels),
         "mAP": average_precision(logits, labels).mean().item(),
-        "OP": common.wilson(right, predicted.sum()),
-        "OR": common.wilson(right, present.sum()),
+        "OP": wilson(right, predicted.sum()),
+        "OR": wilson(right, present.sum()),
     }
 
 
@@ -871,7 +870,7 @@ def main(argv=None):
         size = size or network.image_size
         if args.image:
             part = "labels"
-            logits = predict(network, common.Photos([args.image], size), device)[0]
+            logits = predict(network, Photos([args.image], size), device)[0]
             probabilities = torch.from_numpy(logits).sigmoid().tolist()
             for i in np.argsort(-logits, kind="stable"):
                 if is_present(logits[i], args.threshold):

@@ -51,6 +51,7 @@ import acwgan
 import asl_model
 import common
 from asl_model import is_present
+from common import Failure, Photos, number, wilson
 
 # the gradient of the package that the ASL repository pinned
 INPLACE_ABN = "inplace-abn-1.0.12"
@@ -95,7 +96,7 @@ def flags():
     )
     p.set_defaults(dataset=None)
     add = p.add_argument
-    count = common.number(int, 1)
+    count = number(int, 1)
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
         "--week",
@@ -151,7 +152,7 @@ def flags():
     add("--loss", choices=LOSSES, help="loss of the attack (default: margin)")
     add(
         "--threshold",
-        type=common.number(float, 0.001, 0.999),
+        type=number(float, 0.001, 0.999),
         default=0.5,
         help="probability above which a label is present",
     )
@@ -169,7 +170,7 @@ def flags():
     )
     add(
         "--restarts",
-        type=common.number(int, 0),
+        type=number(int, 0),
         help="further tries of margin, each with half the step size (default: 4)",
     )
     add(
@@ -306,7 +307,7 @@ def pgd(
     (Dong et al. 2018, arXiv 1710.06081, equation 6).
 
     Returns the adversarial images: same shape, within eps of `images` and within `clip`.
-    Raises ValueError for images outside `clip` or sizes that make no sense, and common.Failure if
+    Raises ValueError for images outside `clip` or sizes that make no sense, and Failure if
     no gradient reaches the images, or if the logits or the gradient are not finite.
     """
     if not (eps >= 0 and alpha >= 0 and steps >= 0 and len(images) == len(targets)):
@@ -345,9 +346,7 @@ def pgd(
                 total = loss(logits, targets[active]).sum()
                 (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
             if gradient is None:
-                raise common.Failure(
-                    "no gradient reaches the images; remove no_grad and detach"
-                )
+                raise Failure("no gradient reaches the images; remove no_grad and detach")
             finite = finite & logits.isfinite().all() & gradient.isfinite().all()
             if momentum:
                 norm = gradient.abs().mean((1, 2, 3), keepdim=True)
@@ -362,7 +361,7 @@ def pgd(
                 moved = moved[going]
             adversarial[active] = moved
     if not finite:
-        raise common.Failure("the logits, or the loss's gradient, are not finite")
+        raise Failure("the logits, or the loss's gradient, are not finite")
     return adversarial
 
 
@@ -706,7 +705,7 @@ def rate_over_photos(hits, totals):
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
     if hits.sum() == 0:
         # every resample is 0, too: Wilson's bound for photos that have any
-        high = common.wilson(0, (totals > 0).sum())["high"]
+        high = wilson(0, (totals > 0).sum())["high"]
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
 
@@ -723,11 +722,11 @@ def count_labels(logits_before, logits_after, truth, task):
     wanted = wanted_labels(logits_before, task).bool()
     attacked = (wanted != before).any(1)
     right = (after == wanted)[attacked]
-    numbers = {"target_switched": common.wilson(right[:, target].sum(), len(right))}
+    numbers = {"target_switched": wilson(right[:, target].sum(), len(right))}
     if task.mean is not None:
         numbers["mean_sigmoid"] = logits_after[:, target].sigmoid().mean().item()
         return numbers
-    numbers["exact"] = common.wilson(right.all(1).sum(), len(right))
+    numbers["exact"] = wilson(right.all(1).sum(), len(right))
     for when, labels in {"actual": truth, "before": before, "after": after}.items():
         if labels is not None:
             numbers[f"target_{when}"] = int(labels[:, target].sum())
@@ -749,7 +748,7 @@ class Subject(NamedTuple):
 
     network: nn.Module
     task: Task
-    images: object  # a tensor (N, C, S, S) or common.Photos, float32 in [0, 1]
+    images: object  # a tensor (N, C, S, S) or Photos, float32 in [0, 1]
     truth: torch.Tensor | None  # labels (N, L) or classes (N,)
     description: str  # of the images
 
@@ -759,7 +758,7 @@ def label_index(name, names):
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
-    raise common.Failure(
+    raise Failure(
         f"{name[:50]!r} is none of the {len(names)} names; the nearest are {', '.join(near)}",
         2,
     )
@@ -782,7 +781,7 @@ def own_network(spec, device):
             logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
-        raise common.Failure(
+        raise Failure(
             f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return "
             "(network, class names, image size)"
         ) from None
@@ -796,7 +795,7 @@ def own_network(spec, device):
     elif logits.min() >= 0 and logits.max() <= 1:
         reason = "every output is in [0, 1]; return logits, not probabilities"
     if reason:
-        raise common.Failure(f"--model {spec}: {reason}")
+        raise Failure(f"--model {spec}: {reason}")
     network.image_size = size
     return network, names
 
@@ -817,7 +816,7 @@ def torchvision_network(name, path, data_dir):
         with mock.patch.object(weights, "get_state_dict", return_value=state):
             network = models.get_model(name, weights=weights)
     except (RuntimeError, AttributeError) as problem:
-        raise common.Failure(
+        raise Failure(
             f"{path} is not a state dict of torchvision's {name}; {advice}: {problem}"
         ) from None
     expected = weights.transforms()
@@ -838,7 +837,7 @@ def load_imagenet(data_dir, class_names, limit=None):
         if not path.parent.name.startswith("."):
             paths.append(path)
     if not paths:
-        raise common.Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
+        raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
     rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths)))
     paths = [paths[row] for row in rows.round().astype(int)]
     folders = sorted(path.name for path in folder.glob("n" + 8 * "[0-9]"))
@@ -876,7 +875,7 @@ def load_multi_label(args, device):
     task = new_task(args, names, device)
     size = network.image_size
     if args.image:
-        photos = common.Photos([args.image], size)
+        photos = Photos([args.image], size)
         return Subject(network, task, photos, None, args.image.name)
     split = "test" if args.dataset == "scenes" else args.split
     images, truth, _, description = asl_model.load_data(
@@ -913,7 +912,7 @@ def load_single_label(args, device):
         description = "photos of ImageNet"
     # cropped as these weights ask, but not normalised, which the network does itself
     transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
-    images = common.Photos(paths, None, transform)
+    images = Photos(paths, None, transform)
     return Subject(network, task, images, truth, description)
 
 
@@ -1032,9 +1031,9 @@ def plot_dose(title, places, curves):
         ink.line((50, y, 580, y), "lightgrey")
         ink.text((44, y), str(level), "black", anchor="rm")
     colours = ("royalblue", "firebrick", "grey", "darkorange")
-    for number, name in enumerate(curves):
-        colour = colours[number]
-        ink.text((50, 28 + 18 * number), name, colour)
+    for i, name in enumerate(curves):
+        colour = colours[i]
+        ink.text((50, 28 + 18 * i), name, colour)
         ys = 410 - scale * (np.array(curves[name]) - low)
         points = list(zip(xs, ys, strict=True))
         ink.line(points, colour, 3, "curve")
@@ -1157,7 +1156,7 @@ def require_same_settings(args, **facts):
         record = json.loads(path.read_bytes())
         old = {**record, **record["settings"]}
     except (ValueError, KeyError, TypeError):
-        raise common.Failure(
+        raise Failure(
             f"{path} is damaged; choose another --out, or add --force", 2
         ) from None
     common.require_same(path, old, settings)
@@ -1199,7 +1198,7 @@ def report(args, device, world, subject, rows, outcomes, record):
     elif subject.truth is not None:
         known = subject.truth >= 0
         hits = before.argmax(1) == subject.truth
-        record["accuracy"] = common.wilson(hits.sum(), known.sum())
+        record["accuracy"] = wilson(hits.sum(), known.sum())
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     about = subject.description
@@ -1270,13 +1269,13 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
         outcomes["clean"].keep(batch, images, before)
         if args.dose:
             right = week_5_gradient(subject.network, images, before, subject.task)
-        for number, row in enumerate(rows):
+        for i, row in enumerate(rows):
             network = networks[row.name]
             outcome = outcomes[row.name]
             if args.dose:
                 used = week_5_gradient(network, images, before, subject.task)
                 outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
-            torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], number))
+            torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], i))
             attack = attack_labels
             if subject.task.mean is not None and row.loss not in LOSSES:
                 attack = attack_top_class

@@ -28,6 +28,7 @@ from torch.optim import SGD, Adam
 import acwgan
 import common
 from acwgan import CLASSES, cnn
+from common import Failure
 
 
 class Variant(NamedTuple):
@@ -191,7 +192,7 @@ def load_week_1(path, dataset, device=None):
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     week_1 = checkpoint["settings"]
     if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
-        raise common.Failure(
+        raise Failure(
             f"{path} does not draw 28 x 28 digits of --dataset {dataset}; name another "
             f"--generator, or train one: python acwgan.py --dataset {dataset} --out FOLDER",
             2,
@@ -404,7 +405,7 @@ def train(name, args, networks, real_images, real_labels):
                 value = loss_term(term, networks, bank, images, latent, labels, wanted)
                 loss += weight * value
         if not loss.isfinite():
-            raise common.Failure(f"{name}: the loss is not finite; lower lr in VARIANTS")
+            raise Failure(f"{name}: the loss is not finite; lower lr in VARIANTS")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -461,7 +462,7 @@ def measure(images, original, labels, variant, networks):
 
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
-GREEN = "Green: the target is fooled; both judges still read the digit."
+GREEN = "Green: target fooled; both judges, robust classifiers, read the digit."
 PAGES = {  # what each says on top, and its lines
     "synthetic-adversarial-framework": (
         "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
