@@ -2,16 +2,16 @@
 
 The log trained a Wasserstein GAN with gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028)
 whose generator is told which digit to draw, with an auxiliary classifier (Odena et al. 2017, arXiv
-1610.09585), and showed 32 samples. This script trains one, draws that figure, and measures how
-often an independent classifier predicts the requested class and how far samples are from MNIST.
+1610.09585). This script trains one, draws the log's figure, and measures how often an independent
+classifier predicts the requested class and how far samples are from MNIST.
 
     python acwgan.py                              train; takes minutes on two CPU cores
     python acwgan.py --resume                     continue an interrupted training
     python acwgan.py --sample 100 --digit 7       draw digits with the trained generator, in seconds
 
-Training writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt,
-samples.npz (images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and results.json. With
---sample, the script writes drawn.npz and drawn.png only.
+Writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifier.pt, samples.npz
+(images uint8 (N, 28, 28), labels int64 (N,)), AC-WGAN_GP.png and results.json; with --sample,
+drawn.npz and drawn.png only.
 """
 
 import copy
@@ -43,7 +43,7 @@ LOG_EVERY = 50  # steps between two rows of history.csv
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
 # A run resumes only from a checkpoint made with the same values of these flags.
 MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "generator_lr")
-MUST_MATCH += ("beta2", "latent", "image_size", "width", "average")
+MUST_MATCH += ("beta2", "latent", "image_size", "width", "average", "samples")
 
 
 def settings(argv=None):
@@ -232,9 +232,8 @@ def generator_loss(critic, fake, labels):
 
 
 def load_checkpoint(path):
-    """Read the checkpoint of a training run."""
-    advice = "choose another --out, or train anew with --force"
-    return common.load_checkpoint(path, advice, "acwgan")
+    """The checkpoint of a training run."""
+    return common.load_checkpoint(path, "use another --out, or --force", "acwgan")
 
 
 def open_checkpoint(args, dataset, n):
@@ -256,7 +255,7 @@ def open_checkpoint(args, dataset, n):
             )
         return checkpoint
     # --resume also restores these values, unless they are given as flags
-    for name in ("data", "device", "samples", "inception"):
+    for name in ("data", "device", "inception"):
         settings[name] = getattr(args, name)
     total = n // args.batch_size * args.epochs
     return {

@@ -431,7 +431,9 @@ DIGITS += f" --device cpu --seed {SEED + 1}"
 OTHER_SETTINGS = (
     "limit 99, epochs 1, batch-size 8, critic-steps 2, critic-lr 1.0, latent 20"
 )
-OTHER_SETTINGS += ", generator-lr 1.0, beta2 0.5, image-size 64, width 2, average 0.5"
+OTHER_SETTINGS += (
+    ", generator-lr 1.0, beta2 0.5, image-size 64, width 2, average 0.5, samples 50"
+)
 LOAD_DIGITS = functools.cache(common.load_digits)  # each data set is drawn once
 
 
