@@ -52,7 +52,7 @@ def settings(argv=None):
         __doc__,
         Path("runs/acwgan"),
         ("auto", "mnist", "glyphs"),
-        "auto: mnist, or glyphs where MNIST is not to be had",
+        "auto: mnist, or glyphs where MNIST is unavailable",
         "train on the first N images",
     )
     add = parser.add_argument
@@ -156,7 +156,7 @@ class Critic(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` are what the head sees."""
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, 10); `features` computes the head's input."""
 
     def __init__(self, layers, width=128):
         super().__init__()
@@ -169,8 +169,8 @@ class Classifier(nn.Module):
 
 
 def cnn(convolutions, outputs, features=128, norm=False):
-    """A classifier of convolutions (channels, kernel size, stride), the last of which returns
-    `outputs` numbers; `norm` puts a batch norm behind each."""
+    """A classifier made of convolutions (channels, kernel size, stride), the last of which outputs
+    `outputs` numbers per image; `norm` adds a batch norm after each."""
     layers = [nn.PixelUnshuffle(2)]
     channels = 4
     for width, size, stride in convolutions:
@@ -184,8 +184,8 @@ def cnn(convolutions, outputs, features=128, norm=False):
 
 
 def evaluation_network():
-    """The independent classifier that measures. It takes part in no loss; the Frechet distance is
-    taken in its 64 features."""
+    """The independent classifier used for measuring. No loss uses it; the Frechet distance is
+    computed on its 64 features."""
     convolutions = [(32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2)]
     return cnn(convolutions, 2048, 64, norm=True)
 
@@ -233,7 +233,8 @@ def generator_loss(critic, fake, labels):
 
 def load_checkpoint(path):
     """The checkpoint of a training run."""
-    return common.load_checkpoint(path, "use another --out, or --force", "acwgan")
+    advice = "choose another --out, or train anew with --force"
+    return common.load_checkpoint(path, advice, "acwgan")
 
 
 def open_checkpoint(args, dataset, n):
@@ -242,9 +243,7 @@ def open_checkpoint(args, dataset, n):
     for name in MUST_MATCH:
         settings[name] = getattr(args, name)
     path = args.out / "checkpoint.pt"
-    if args.force:  # otherwise --resume would continue the old run
-        path.unlink(missing_ok=True)
-    if path.exists():
+    if path.exists() and not args.force:
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
         if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
@@ -320,11 +319,13 @@ def train(args, checkpoint, images, labels):
     total = checkpoint["total_steps"]
     batches = []
     for epoch in range(args.epochs):
-        # each has its own seed, so that a run can resume
+        # each epoch has its own seed, so that a run can resume
         stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=stream).to(device)
         batches += order.split(args.batch_size)[: total // args.epochs]
     steps = range(first_step, total)
+    if args.force:  # otherwise --resume would continue the old run
+        (args.out / "checkpoint.pt").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
         real = resize(images[batches[step]], args.image_size)
         y = labels[batches[step]]

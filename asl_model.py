@@ -87,12 +87,11 @@ def settings(argv=None):
   --train             --arch tresnet_m (scenes: tresnet_s); a resnet from ImageNet's weights
   else                the newest weights in runs/asl_model, or the published ones; at their size
 a new last layer is first trained alone for one epoch, at 10 times the learning rate"""
-    add = p.add_mutually_exclusive_group(required=True).add_argument
+    add = p.add_argument
     add("--image", metavar="FILE", help="print the labels of this photo")
     add("--evaluate", action="store_true", help="measure a network on --dataset")
     add("--train", action="store_true", help="train a network on --dataset")
     add("--resume", action="store_true", help="continue the training in --out")
-    add = p.add_argument
     add("--arch", choices=ARCHITECTURES, help="default: the one of --weights")
     add("--weights", metavar="FILE", help="checkpoint to use, or to start --train from")
     add("--image-size", type=number(int, 32, 1024), metavar="N", help="pixels")
@@ -130,6 +129,10 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
             lr=row.lr,
         )
     args = p.parse_args(argv)
+    if [bool(args.image), args.evaluate, args.train].count(True) != 1:
+        p.error("one of --image, --evaluate, --train and --resume is required")
+    if args.arch and not (args.train or args.weights):
+        p.error("--arch goes with --train or --weights")
     if args.split and (args.dataset == "scenes" or args.train):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
@@ -370,15 +373,16 @@ inplace_abn_1_0_12 = InplaceABN1012
 
 
 def published_weights(name, data_dir):
-    """The path of the weights that torchvision publishes for its network `name`, downloaded."""
+    """The path of torchvision's published weights of its network `name`, downloaded if absent."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     path = Path(data_dir, url.rpartition("/")[2])
     return common.download(url, path)
 
 
 def default_weights(dataset, data_dir, device):
-    """The path of the newest network that --train left in OUT; without one, of scenes' classifier,
-    trained first, or of the published one of COCO, or Failure."""
+    """The path of the newest network that --train left in OUT; failing that, of the classifier of
+    scenes, trained first if absent, or of the published COCO network. Raises Failure if there is
+    none."""
     paths = OUT.glob(f"*-{dataset}.pth")
     newest = max(paths, key=os.path.getmtime, default=None)
     if newest:
@@ -396,14 +400,14 @@ def default_weights(dataset, data_dir, device):
 
 
 def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint, wrapped or not; raises Failure for what is no tensor."""
+    """The state dict in a checkpoint, wrapped or not; raises Failure if a weight isn't finite."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     state = {}
     for name, x in content.items():
-        if not isinstance(x, torch.Tensor):
-            raise Failure(f"{path}: {name} is not a tensor; use other --weights")
+        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
+            raise Failure(f"{path}: {name} is not a finite tensor; use other --weights")
         state[str(name).removeprefix("module.")] = x
     return state
 
@@ -462,7 +466,7 @@ def load_asl(path, arch=None, folded=True):
         network.image_size = content.get("image_size", network.image_size)
         if network.image_size not in range(32, 1025, 4):
             raise ValueError(f"its image_size is {network.image_size}")
-    except Exception as problem:  # a foreign file may raise anything
+    except Exception as problem:  # a file from elsewhere may raise anything
         raise Failure(
             f"{path} is not a {arch or 'TResNet or ResNet'}; use other --weights "
             f"({type(problem).__name__}: {problem})"
@@ -635,7 +639,7 @@ def starting_network(args, names):
 
 
 def derived_seed(*numbers):
-    """A seed that differs wherever these integers differ, the same in every process."""
+    """A seed derived from these integers, the same in every process."""
     return hash(numbers) % 2**63
 
 
@@ -829,7 +833,7 @@ def average_precision(logits, labels):
     precisions = []
     for scores, present in zip(logits.T, labels.T > 0, strict=True):
         if present.any():
-            # how many images, and how many that show the class, have at least this score
+            # how many images, and how many of those showing the class, score at least this high
             predicted = rankdata(-scores, "max")[present]
             right = rankdata(-scores[present], "max")
             precisions.append((right / predicted).mean())

@@ -179,7 +179,7 @@ def whole_file(path):
 
 
 def is_finite(content):
-    """Whether no tensor in nested dictionaries holds NaN or infinity."""
+    """Whether every tensor in these nested dictionaries is finite."""
     if isinstance(content, dict):
         return all(map(is_finite, content.values()))
     return not isinstance(content, torch.Tensor) or bool(content.isfinite().all())
@@ -195,7 +195,7 @@ def load_checkpoint(path, advice, kind=None):
     """The dictionary of tensors (on the CPU) and plain values that torch.save wrote to `path`.
 
     Nothing else is loaded, so that no file can run code. Raises Failure, whose text ends in
-    `advice`, if the file is absent, damaged or unsafe, holds NaN, or has another "kind".
+    `advice`, if the file is absent, damaged or unsafe, has another "kind", or holds NaN.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -207,7 +207,7 @@ def load_checkpoint(path, advice, kind=None):
         raise Failure(f"{path} {reason}; {advice}") from None
     if not isinstance(content, dict) or kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
-    if not is_finite(content):
+    if kind and not is_finite(content):
         raise Failure(f"{path} holds a NaN or infinite weight; {advice}")
     return content
 
@@ -284,8 +284,8 @@ def write_results(args, device, numbers, **facts):
 
 
 def download(url, path):
-    """Fetch `url` to `path` unless it is there. Torch's files, x-0123abcd.pth, have the start of
-    their SHA-256 in their name, which is checked."""
+    """Fetch `url` to `path` unless it is there. The names of PyTorch's files (x-0123abcd.pth)
+    contain the first digits of their SHA-256, which are checked."""
     if path.exists():
         return path
     try:
@@ -332,8 +332,8 @@ def frechet_distance_torch(x, y):
     """The same distance between features x (N, D) and y (M, D): a scalar, differentiable in x.
 
     With centred features A, B over sqrt(n - 1), tr sqrt(S1 S2) is the nuclear norm of A B^T (N, M):
-    exact also when N < D. The gradient of its singular values divides by no difference of two, as
-    that of singular vectors would. In float64, on the CPU. ValueError for NaN, or N or M of 1.
+    exact also when N < D. Unlike the gradient of singular vectors, that of singular values divides
+    by no differences between them. In float64, on the CPU. ValueError for NaN, or N or M below 2.
     """
     if min(len(x), len(y)) < 2 or not torch.cat([x, y]).isfinite().all():
         raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
@@ -376,6 +376,8 @@ def inception_features(images, weights=None, device="cpu"):
     state = load_checkpoint(weights, f"put {INCEPTION_URL} there")
     network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     try:
+        if not is_finite(state):
+            raise RuntimeError("it holds NaN or infinity")
         network.load_state_dict(state)
     except RuntimeError as problem:
         raise Failure(f"{weights} is not {INCEPTION_URL}: {problem}") from None

@@ -117,8 +117,8 @@ def flags():
     add("--image", type=Path, metavar="FILE", help="attack this photo")
     add(
         "--model",
-        help="asl, digits, a torchvision classifier, or FILE.py:FUNCTION (asl; with --week 4 "
-        "digits)",
+        help="asl, digits, a torchvision classifier, or FILE.py:FUNCTION "
+        "(default: asl; with --week 4 digits)",
     )
     add(
         "--weights",
@@ -141,13 +141,13 @@ def flags():
     add(
         "--target",
         metavar="NAME",
-        help="label or class that the attack targets (default: person; week 5 and --dose: dining "
-        "table; scenes: 8; digits: 3; torchvision: night snake)",
+        help="label or class that the attack targets (default: person; week 5 and --dose: "
+        "dining table; scenes: 8; digits: 3; torchvision: night snake)",
     )
     add(
         "--direction",
         choices=("on", "off", "flip"),
-        help="how the target label is to change (default: flip; with --week or --dose: on)",
+        help="how the target should change (default: flip; with --week or --dose: on)",
     )
     add("--loss", choices=LOSSES, help="loss of the attack (default: margin)")
     add(
@@ -159,8 +159,8 @@ def flags():
     add(
         "--eps",
         type=fraction,
-        help="largest change of a pixel, on the [0, 1] scale (default: 8/255; digits: 0.3; "
-        "scenes: 0.1)",
+        help="largest change of a pixel, on the [0, 1] scale "
+        "(default: 8/255; digits: 0.3; scenes: 0.1)",
     )
     add("--alpha", type=fraction, help="step size, on the same scale (default: 2/255)")
     add(
@@ -215,15 +215,15 @@ def settings(argv=None):
         ignored += ["restarts"]
     if args.image:
         ignored += ["sweep", "dose", "augment", "limit", "split"]
-    if dataset != "coco":
-        ignored += ["augment", "split"]
     if kind in ("own", "digits"):
         ignored += ["weights"]
-    if kind == "digits":
-        ignored += ["image"]
     for flag in ignored:
         if getattr(args, flag) != p.get_default(flag):
             p.error(f"--{flag} has no effect on this run")
+    if args.image and kind == "digits":
+        p.error("--image needs a classifier of photos, such as --model resnet18")
+    if dataset != "coco" and (args.augment or args.split != "val2017"):
+        p.error("--augment and --split train2017 need --dataset coco")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
 
@@ -315,7 +315,7 @@ def pgd(
             f"{len(images)} images with {len(targets)} targets; eps {eps}, alpha {alpha}, "
             f"steps {steps}: none may be negative"
         )
-    # what rounding moved out of clip is taken, NaN is not
+    # values that rounding moved out of clip are accepted, NaN is not
     if not torch.allclose(images, images.clamp(*clip), rtol=0, atol=1e-6):
         raise ValueError(
             f"images from {images.min():.3g} to {images.max():.3g} lie outside clip {clip}: "
@@ -710,7 +710,7 @@ def rate_over_photos(hits, totals):
 
 
 def count_labels(logits_before, logits_after, truth, task):
-    """The numbers of an attack, from logits (N, L) and actual labels (N, L) or None.
+    """The numbers of an attack, from logits (N, L) and actual labels (N, L), if known.
 
     Labels are counted over all images, `target_switched` and `exact` over those of which the
     attack is to change the target. Week 4 has `target_switched`, for the top class, and the log's
@@ -773,7 +773,7 @@ def own_network(spec, device):
         network = network.float().to(device).eval()
         names = [str(name) for name in names]
         images = torch.zeros(3, 3, size, size, device=device)
-        images[1] = 0.5
+        images[1] = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
         images[2] = 1
         for weight in network.parameters():
             weight.requires_grad_(False)
@@ -812,7 +812,7 @@ def torchvision_network(name, path, data_dir):
     advice = "name another file with --weights"
     state = asl_model.state_dict_of(common.load_checkpoint(path, advice), path)
     try:
-        # torchvision asks its entry for the weights: let it answer with those of `path`
+        # torchvision gets the weights from this entry: make it return those of `path`
         with mock.patch.object(weights, "get_state_dict", return_value=state):
             network = models.get_model(name, weights=weights)
     except (RuntimeError, AttributeError) as problem:
@@ -833,8 +833,9 @@ def load_imagenet(data_dir, class_names, limit=None):
     """
     folder = Path(data_dir, "imagenet")
     paths = []
-    for path in sorted(folder.glob("**/[!.]*.[jJpP]*[gG]")):
-        if not path.parent.name.startswith("."):
+    for path in sorted(folder.glob("**/[!.]*")):
+        is_photo = path.suffix.lower() in (".jpeg", ".jpg", ".png")
+        if is_photo and not path.parent.name.startswith("."):
             paths.append(path)
     if not paths:
         raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
@@ -1043,7 +1044,7 @@ def plot_dose(title, places, curves):
 
 
 def week_5_gradient(network, images, logits, task):
-    """The gradient (N, D) of week 5's loss at N images with these logits (N, L)."""
+    """The gradient (N, D) of week 5's loss at N images whose logits are these (N, L)."""
     x = images.clone().requires_grad_()
     loss = softmax_bce(network(x.clone()), wanted_labels(logits, task))
     (gradient,) = torch.autograd.grad(loss.sum(), x)
@@ -1065,7 +1066,7 @@ def check_gradients(network, rows, image):
         numbers["places"] = places
         print(f"the wrong gradient skips the derivatives of {places} activations")
         if places == 0:
-            print("WARNING: this network has none to skip: its wrong gradient is right")
+            print("WARNING: it has none to skip, so its wrong gradient is the right one")
     for name, model in checked.items():
         try:
             error = gradient_error(model, image[None])
@@ -1099,9 +1100,13 @@ def print_report(rows, numbers, task):
         common.print_table(["attack", *keys], lines)
         print()
     if task.mean is None:
-        print("""target_switched: of the images whose target was to change
-exact: of the same images, the target is switched and every other label is as before
-others_lost: of the labels predicted before, except the target's; all images count""")
+        print("""target_switched: share of the images whose target label was to change, and did
+exact: share of the same images where, in addition, every other label is unchanged
+others_lost: share of the labels predicted before, other than the target, over all images""")
+    else:
+        print(
+            "target_switched: share of the images of other classes that became the target"
+        )
 
 
 def print_photo(network, outcomes, task, device):
@@ -1165,10 +1170,8 @@ def require_same_settings(args, **facts):
 def save_arrays(args, subject, outcomes):
     """Write adversarial.npz: pixels and logits of the first --save images, and what they are."""
     n = args.save
-    arrays = {
-        "names": subject.task.names,
-        "truth": [],
-    }  # without a truth, it is not known
+    arrays = {"names": subject.task.names}
+    arrays["truth"] = []  # stays empty if it is not known
     if subject.truth is not None:
         arrays["truth"] = subject.truth[:n]
     for name, outcome in outcomes.items():
@@ -1176,7 +1179,7 @@ def save_arrays(args, subject, outcomes):
         arrays[f"after-{name}"] = outcome.logits[:n]
     arrays["clean"] = arrays.pop("adversarial-clean")
     arrays["before"] = arrays.pop("after-clean")
-    # a photo's path, or the number of a scene or digit
+    # a photo's path, or the index of a scene or digit
     files = getattr(subject.images, "paths", range(len(subject.images)))
     arrays["files"] = [str(file) for file in files[:n]]
     with common.whole_file(args.out / "adversarial.npz") as file:
@@ -1228,7 +1231,9 @@ def report(args, device, world, subject, rows, outcomes, record):
     print(title)
     for key in ("mAP", "accuracy"):
         if key in record:
-            print(f"{key} of the network on them: {common.cell(record[key])}")
+            value = record[key]
+            text = f"{value:.1%}" if key == "mAP" else common.cell(value)
+            print(f"{key} of the network on them: {text}")
     if args.image:
         print_photo(subject.network, outcomes, task, device)
     else:

@@ -199,7 +199,9 @@ def load_week_1(path, dataset, device=None):
         )
     generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
     critic = acwgan.Critic(week_1["width"], 28)
-    digest = hashlib.sha256()  # of the weights: the file also holds times, which differ
+    digest = (
+        hashlib.sha256()
+    )  # of the weights: the file also holds paths, which may differ
     for network, name in ((generator, "average"), (critic, "critic")):
         network.load_state_dict(checkpoint[name])
         network.eval().requires_grad_(False).to(device)
@@ -261,7 +263,8 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     low = torch.zeros_like(smallest)
     high = smallest.clone()
     c = torch.ones_like(smallest)
-    for _ in common.progress(range(searches), "Carlini & Wagner's searches"):
+    bar = common.progress(desc="Carlini & Wagner, in steps", total=searches * steps)
+    for _ in range(searches):
         free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
         adam = Adam([free], lr)
         succeeded = torch.zeros_like(wanted, dtype=torch.bool)
@@ -278,9 +281,11 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
             smallest[better] = size.detach()[better]
             succeeded |= success
             adam.step()
+            bar.update()
         low = torch.where(succeeded, low, c)
         high = torch.where(succeeded, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
+    bar.close()
     return best
 
 
@@ -332,8 +337,8 @@ class FeatureBank:
         self.recent = deque(maxlen=BANK_BATCHES)
 
     def distance(self, images):
-        """A scalar for images (N, 1, 28, 28), which join the bank: the distance of the whole bank
-        times its number of batches, as only the newest batch has a gradient."""
+        """A scalar for images (N, 1, 28, 28), which join the bank: the distance of the whole bank,
+        multiplied by its number of batches because only the newest one has a gradient."""
         features = self.network.features(images).float()
         bank = torch.cat([features, *self.recent])
         self.recent.append(features.detach())
@@ -462,7 +467,7 @@ def measure(images, original, labels, variant, networks):
 
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
-GREEN = "Green: target fooled; both judges, robust classifiers, read the digit."
+GREEN = "Green: target fooled; both judges (robust classifiers) read the digit."
 PAGES = {  # what each says on top, and its lines
     "synthetic-adversarial-framework": (
         "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
@@ -534,7 +539,7 @@ def print_report(dataset, accuracies, rows):
     print(f"""
 Week 2 on {dataset}. The target is attacked, the auxiliaries help to train, and the judges only
 measure. Under PGD: on digits that PGD has changed by up to 0.3 (L-inf). A judge that is right on
-less than half of these has learnt from too few digits (--limit), and its answers mean little.
+fewer than half of these learnt from too few digits (--limit), and its answers mean little.
 """)
     common.print_table(["classifier", "right on test digits"], accuracies.items())
     print("""
