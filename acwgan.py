@@ -34,8 +34,7 @@ from common import Failure
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
 DOUBLINGS = {28: 1, 64: 2}
-# The penalty takes most of a step's time, and half of the batch is enough to keep the norm of the
-# critic's gradient near 1. The log used the whole batch.
+# of the batch is penalised, which takes most of a step's time; the log used all of it
 PENALTY_SHARE = 0.5
 SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv
@@ -366,8 +365,7 @@ def save_checkpoint(out, checkpoint, parts):
         checkpoint[name] = part.state_dict()
     checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
     if not common.is_finite(checkpoint):
-        advice = "start anew with lower --critic-lr and --generator-lr"
-        raise Failure(f"the training in {out} diverged; {advice}")
+        raise Failure("the training diverged; lower --critic-lr and --generator-lr")
     common.save(out / "checkpoint.pt", checkpoint)
     common.write_csv(out / "history.csv", checkpoint["history"])
 
@@ -494,8 +492,8 @@ def accuracy(classifier, images, labels):
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
     """Draw and save the samples, equally many per class; returns the results.
 
-    The Frechet distance is that of other samples, drawn for the labels of the held-out real images.
-    The distance of those images themselves is its baseline.
+    The Frechet distance is that of samples drawn for the labels of the held-out real images; its
+    baseline is the distance of those images themselves.
     """
     requested = torch.arange(args.samples, device=images.device) % CLASSES
     samples = generate(generator, requested, args.seed)
