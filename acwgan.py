@@ -34,7 +34,7 @@ from common import Failure
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
 DOUBLINGS = {28: 1, 64: 2}
-# of the batch is penalised, which takes most of a step's time; the log used all of it
+# the penalty takes most of a step's time, so only this share of the batch has one (log: all)
 PENALTY_SHARE = 0.5
 SAVE_EVERY = 500  # steps between two checkpoints
 LOG_EVERY = 50  # steps between two rows of history.csv

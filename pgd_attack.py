@@ -713,8 +713,8 @@ def count_labels(logits_before, logits_after, truth, task):
     """The numbers of an attack, from logits (N, L) and actual labels (N, L), if known.
 
     Labels are counted over all images, `target_switched` and `exact` over those of which the
-    attack is to change the target. Week 4 has `target_switched`, for the top class, and the log's
-    own measure, `mean_sigmoid`.
+    attack is to change the target. Week 4, which ignores `truth`, has `target_switched`, for the
+    top class, and the log's own measure, `mean_sigmoid`.
     """
     target = task.target
     before = predicted_labels(logits_before, task)
@@ -889,7 +889,9 @@ def load_digits(args, device):
     """Week 4's Subject on digits, with the evaluation classifier of week 1."""
     dataset, images, labels = common.load_digits(args.dataset, args.data, device=device)
     network = acwgan.evaluation_classifier(args.out, dataset, images, labels)
-    _, images, truth = common.load_digits(dataset, args.data, False, args.limit)
+    _, images, truth = common.load_digits(
+        dataset, args.data, train=False, limit=args.limit
+    )
     task = new_task(args, list("0123456789"), device, [0.1307], [0.3081])  # MNIST's
     return Subject(network, task, images, truth, f"test digits of {dataset}")
 
@@ -1089,9 +1091,11 @@ def print_report(rows, numbers, task):
     if task.mean is None:
         counts = ["target_after", "labels_after", "others_new"]
         rates += ["exact", "others_lost"]
-        first = rows[0].name
-        lines = [(key, numbers[first][key]) for key in COUNTS]
-        common.print_table([f"target: {task.names[task.target]}", first], lines)
+        shown = list(dict.fromkeys([rows[0].name, rows[-1].name]))
+        lines = []
+        for key in COUNTS:
+            lines.append([key, *[numbers[name][key] for name in shown]])
+        common.print_table([f"target: {task.names[task.target]}", *shown], lines)
         print()
     for keys in (["eps", "alpha", "steps", *counts], rates):
         lines = []

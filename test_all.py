@@ -2324,7 +2324,7 @@ def test_week_5_writes_its_files_and_prints_the_logs_six_counts(week5):
         for setting in ("loss", "gradient", "eps", "restarts"):
             assert numbers[setting] == getattr(row, setting)
     for key in pgd_attack.COUNTS:
-        assert re.search(f"^{key} +\\d+$", week5.printed, re.M)
+        assert re.search(f"^{key} +\\d+ +\\d+$", week5.printed, re.M)
     for line in week5.printed.splitlines():
         assert len(line) <= 100 or str(week5.folder.parent) in line, line
 

@@ -199,9 +199,8 @@ def load_week_1(path, dataset, device=None):
         )
     generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
     critic = acwgan.Critic(week_1["width"], 28)
-    digest = (
-        hashlib.sha256()
-    )  # of the weights: the file also holds paths, which may differ
+    # of the weights: the file also holds paths, which may differ
+    digest = hashlib.sha256()
     for network, name in ((generator, "average"), (critic, "critic")):
         network.load_state_dict(checkpoint[name])
         network.eval().requires_grad_(False).to(device)
