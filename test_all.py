@@ -2679,6 +2679,8 @@ def test_week_4_attacks_digits_from_the_command_to_the_table(
     assert list(record["rows"]) == [*names, "corrected-inplace-abn", "corrected"]
     assert record["rows"]["corrected"]["eps"] == 0.3
     assert record["places"] == 4
+    arrays = np.load(tmp_path / "adversarial.npz")
+    assert arrays["files"].tolist() == list("01234"), "no more files than images"
     for line in capsys.readouterr().out.splitlines():
         assert len(line) <= 100 or str(tmp_path) in line, line
 
