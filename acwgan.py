@@ -45,13 +45,14 @@ MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "gene
 MUST_MATCH += ("beta2", "latent", "image_size", "width", "average", "samples")
 
 
-def settings(argv=None):
+def parse_args(argv=None):
     """Parse the flags. --resume and --sample take the defaults from the checkpoint in --out."""
     parser = common.parser(
+        "acwgan.py",
         __doc__,
         Path("runs/acwgan"),
         ("auto", "mnist", "glyphs"),
-        "auto: mnist, or glyphs where MNIST is unavailable",
+        "auto: mnist, or glyphs if MNIST is unavailable",
         "train on the first N images",
     )
     add = parser.add_argument
@@ -70,7 +71,12 @@ def settings(argv=None):
     add("--latent", type=number(int, 11), default=74, help="generator inputs (log: 100)")
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
     add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
-    add("--average", type=decay, default=0.999, help="decay of the mean weights (log: 0)")
+    add(
+        "--average",
+        type=decay,
+        default=0.999,
+        help="decay of the averaged weights (log: 0)",
+    )
     add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
     add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
@@ -88,7 +94,7 @@ def settings(argv=None):
 
 
 def leaky_relu(x):
-    """max(x, x / 5). PyTorch's own sends a second derivative, all zeros, through the network."""
+    """max(x, x / 5). PyTorch's own wastes time on a second derivative that is all zeros."""
     return x * x.detach().sign().mul_(0.4).add_(0.6)
 
 
@@ -167,9 +173,9 @@ class Classifier(nn.Module):
         return self.head(self.features(images)).float()
 
 
-def cnn(convolutions, outputs, features=128, norm=False):
+def cnn(convolutions, flattened, features=128, norm=False):
     """A classifier made of convolutions (channels, kernel size, stride), the last of which outputs
-    `outputs` numbers per image; `norm` adds a batch norm after each."""
+    `flattened` numbers per image; `norm` adds a batch norm after each."""
     layers = [nn.PixelUnshuffle(2)]
     channels = 4
     for width, size, stride in convolutions:
@@ -178,12 +184,12 @@ def cnn(convolutions, outputs, features=128, norm=False):
             layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())
         channels = width
-    layers += [nn.Flatten(), nn.Linear(outputs, features), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(flattened, features), nn.ReLU()]
     return Classifier(layers, features)
 
 
 def evaluation_network():
-    """The independent classifier used for measuring. No loss uses it; the Frechet distance is
+    """The independent classifier that scores the digits. No loss uses it; the Frechet distance is
     computed on its 64 features."""
     convolutions = [(32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2)]
     return cnn(convolutions, 2048, 64, norm=True)
@@ -207,8 +213,8 @@ def gradient_penalty(critic, real, fake):
     return (gradient_norms(critic, real, fake) - 1).square().mean()
 
 
-def critic_loss(critic, real, labels, fake, penalty=10.0, penalty_share=1.0):
-    """The critic's loss: penalty * gradient penalty + auxiliary loss - Wasserstein estimate.
+def critic_loss(critic, real, labels, fake, penalty_weight=10.0, penalty_share=1.0):
+    """The critic's loss: weight * gradient penalty + auxiliary loss - Wasserstein estimate.
 
     Images real and fake: (N, 1, S, S) in [0, 1]; labels (N,) int64 of the real images, which alone
     enter the auxiliary loss. The gradient penalty is taken on the first `penalty_share` of the
@@ -219,9 +225,9 @@ def critic_loss(critic, real, labels, fake, penalty=10.0, penalty_share=1.0):
     scores, logits = critic(torch.cat([real, fake]))
     wasserstein = scores[:n].mean() - scores[n:].mean()
     auxiliary = F.cross_entropy(logits[:n], labels)
-    norms = gradient_penalty(critic, real[:penalised], fake[:penalised])
-    loss = penalty * norms + auxiliary - wasserstein
-    return loss, {"wasserstein": wasserstein, "penalty": norms, "auxiliary": auxiliary}
+    penalty = gradient_penalty(critic, real[:penalised], fake[:penalised])
+    loss = penalty_weight * penalty + auxiliary - wasserstein
+    return loss, {"wasserstein": wasserstein, "penalty": penalty, "auxiliary": auxiliary}
 
 
 def generator_loss(critic, fake, labels):
@@ -266,7 +272,7 @@ def open_checkpoint(args, dataset, n):
 
 
 def autocast(device):
-    """Compute in bfloat16 where `device` multiplies it in hardware, else in float32."""
+    """Compute in bfloat16 if `device` multiplies it in hardware, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
 
 
@@ -367,11 +373,14 @@ def save_checkpoint(out, checkpoint, parts):
     if not common.is_finite(checkpoint):
         raise Failure("the training diverged; lower --critic-lr and --generator-lr")
     common.save(out / "checkpoint.pt", checkpoint)
-    common.write_csv(out / "history.csv", checkpoint["history"])
+    history = checkpoint["history"]
+    table = [list(row.values()) for row in history]
+    with common.whole_file(out / "history.csv") as file:
+        np.savetxt(file, table, "%.8g", ",", header=",".join(history[0]), comments="")
 
 
 def resize(images, size):
-    """Images (N, 1, H, W) in [0, 1] at `size` pixels, smoothed where they shrink."""
+    """Images (N, 1, H, W) in [0, 1] resized to `size` pixels, with antialiasing."""
     resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return resized.clamp(0, 1)
 
@@ -432,8 +441,8 @@ def train_classifier(network, images, labels, settings, attack=None):
 def cached_classifier(path, network, images, labels, settings, attack=None):
     """`network`, trained by `train_classifier` with these arguments, frozen and in eval mode.
 
-    `settings` are plain values that fix all that shapes the weights. If `path` was saved with equal
-    ones, the weights are loaded from it, else trained and saved. Raises Failure for a damaged file.
+    `settings` are plain values, all that the weights depend on. If `path` holds equal ones, its
+    weights are loaded; if not, they are trained and saved. Raises Failure for a damaged file.
     """
     cached = {}
     if path.exists():
@@ -451,14 +460,14 @@ def cached_classifier(path, network, images, labels, settings, attack=None):
 def evaluation_classifier(out, dataset, images, labels):
     """The evaluation classifier of a data set, cached in `out`/evaluation_classifier.pt.
 
-    It learns from the first `training_images` (N, 1, 28, 28) and their labels (N,). The last sixth,
-    at most 10,000, is held out: real digits that it has not seen.
+    It learns from images (N, 1, 28, 28) and labels (N,) except the last sixth, at most 10,000,
+    which is held out. `training_images` is the number of images that it learns from.
     """
     n = len(images) - min(10_000, len(images) // 6)
     torch.manual_seed(EVALUATION["seed"])
     network = evaluation_network().to(images.device)
     network.training_images = n
-    settings = {"network": "EvaluationClassifier", "dataset": dataset, "images": n}
+    settings = {"network": "evaluation_network", "dataset": dataset, "images": n}
     settings.update(EVALUATION)
     path = out / "evaluation_classifier.pt"
     return cached_classifier(path, network, images[:n], labels[:n], settings)
@@ -492,8 +501,8 @@ def accuracy(classifier, images, labels):
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):
     """Draw and save the samples, equally many per class; returns the results.
 
-    The Frechet distance is that of samples drawn for the labels of the held-out real images; its
-    baseline is the distance of those images themselves.
+    The Frechet distance to the test images is that of samples drawn for the labels of the held-out
+    images; its baseline is that of the held-out images themselves.
     """
     requested = torch.arange(args.samples, device=images.device) % CLASSES
     samples = generate(generator, requested, args.seed)
@@ -535,7 +544,7 @@ def grid(images, columns):
 
 
 def figure(generated, real):
-    """The log's figure: 32 generated digits above 32 real ones with their labels."""
+    """The log's figure: 32 generated digits above 32 real ones of the same classes."""
     caption = torch.zeros_like(real[:8])
     page = grid(torch.cat([caption, generated, caption, real]), 8)
     ink = ImageDraw.Draw(page)
@@ -560,25 +569,25 @@ def draw(args, device):
     save_samples(args.out / "drawn.npz", images, labels)
     with common.whole_file(args.out / "drawn.png") as file:
         grid(images[:1000], 20).save(file, "png")
-    print(f"{args.sample} digits are in drawn.npz and drawn.png in {args.out}")
+    print(f"{args.out} holds drawn.npz and, of its first 1,000 digits, drawn.png")
 
 
 def main(argv=None):
     """Train, draw samples, measure, write the files; returns what results.json holds."""
-    args = settings(argv)
+    args = parse_args(argv)
     device = common.pick_device(args.device)
     if args.sample:
         return draw(args, device)
-    with common.hold(args.out):
+    with common.hold(args):
         dataset, images, labels = common.load_digits(
             args.dataset, args.data, limit=args.limit, device=device
         )
         n = len(images)
         # a covariance needs two of the held-out images, which are a sixth
         if n < max(args.batch_size, 12):
-            raise Failure(f"{n} images are too few: under 12, or --batch-size", 2)
+            raise Failure(f"{n} images are fewer than 12 or --batch-size", 2)
         checkpoint = open_checkpoint(args, dataset, n)
-        if args.inception:  # before the training, so that a failure is noticed
+        if args.inception:  # so that a failed download wastes no training
             common.inception_weights(args.data)
         _, test_images, test_labels = common.load_digits(
             dataset, args.data, train=False, device=device
@@ -599,4 +608,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "interrupted; continue with --resume")
+    common.run(main, "interrupted; --resume continues from a checkpoint, if there is one")

@@ -10,8 +10,8 @@ gives attackers a wrong gradient: see `InplaceABN1012`.
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue an interrupted training run
 
-Writes results.json into --out; --train also checkpoint.pt, history.csv and the network with the
-best mAP on images held out of training, <arch>-<dataset>.pth.
+Writes results.json into --out (next to a training: into --out/evaluation); --train also
+checkpoint.pt and <arch>-<dataset>.pth, the best network on held-out images.
 """
 
 import concurrent.futures
@@ -57,23 +57,33 @@ ARCHITECTURES = {
 ZOO = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ASL/"
 OUT = Path("runs/asl_model")
 DEFAULT_ARCH = {"coco": "tresnet_m", "scenes": "tresnet_s"}  # of --train
-GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: the log's, the paper's
+GAMMA_POS = {"coco": 0, "scenes": 1}  # of ASL: as in the log; ASL's default
 HELD_OUT_EVERY = 20  # photos of train2017, which select the best network
 SCENES = {"train": 10_000, "validation": 1000, "test": 2000}
 AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
-HEAD_LR = 10  # times --lr, while only the last layer is trained
+HEAD_LR_FACTOR = 10  # times --lr, while only the last layer is trained
 EVALUATIONS = 5  # per training run
 SAVE_EVERY = 200  # steps
 # what a training run depends on
-PLAN = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr", "limit", "seed")
-PLAN += ("weights",)
-COCO = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
+MUST_MATCH = (
+    "dataset",
+    "arch",
+    "image_size",
+    "epochs",
+    "batch_size",
+    "lr",
+    "limit",
+    "seed",
+)
+MUST_MATCH += ("weights",)
+COCO_DETECTOR = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
 
-def settings(argv=None):
+def parse_args(argv=None):
     """The flags, with all defaults resolved; --resume takes them from the checkpoint in --out."""
     p = common.parser(
+        "asl_model.py",
         __doc__,
         OUT,
         ("coco", "scenes"),
@@ -164,7 +174,7 @@ class NormAct(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution and its `NormAct`, which `fold` makes one."""
+    """A convolution and its `NormAct`, which `fold` merges."""
 
     def __init__(self, c_in, c_out, kernel, slope=1.0):
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
@@ -175,7 +185,7 @@ class ConvNorm(nn.Sequential):
 class Block(nn.Module):
     """A residual block: two 3x3 convolutions or, as a bottleneck, 1x1, 3x3 and 1x1."""
 
-    def __init__(self, c_in, c_out, stride, excite, bottleneck):
+    def __init__(self, c_in, c_out, stride, use_se, bottleneck):
         super().__init__()
         planes = c_out // 4 if bottleneck else c_out
         self.downsample = nn.Sequential()
@@ -189,9 +199,9 @@ class Block(nn.Module):
         self.conv2 = ConvNorm(planes, planes, 3, 1e-3 if bottleneck else 1.0)
         self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
         last = self.conv3 if bottleneck else self.conv2
-        nn.init.zeros_(last[1].weight)  # at first a block hands on its input
+        nn.init.zeros_(last[1].weight)  # a block starts as the identity
         self.se = nn.Identity()
-        if excite:
+        if use_se:
             self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
         # blur by [1 2 1] x [1 2 1] / 16, the edge reflected (Zhang 2019, arXiv 1904.11486); torch's
         # own reflection is not deterministic on CUDA
@@ -274,7 +284,7 @@ def fold(network):
 # --- the gradient of inplace_abn v1.0.12
 
 
-class SkippedDerivative(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """An activation, in place or not, whose backward pass passes the gradient on unchanged."""
 
     @staticmethod
@@ -306,29 +316,29 @@ class SkipDerivatives(torch.overrides.TorchFunctionMode):
     def __init__(self, first):
         super().__init__()
         self.first = first
-        self.places = 0
+        self.skipped = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").removesuffix("_")
         if name == "batch_norm":
             return mark_normalised(None, None, function(*args, **kwargs))
-        if name in ("relu", "leaky_relu", "elu") and self.places != self.first:
+        if name in ("relu", "leaky_relu", "elu") and self.skipped != self.first:
             x = args[0] if args else kwargs["input"]
             if name != "relu" or getattr(x, "normalised_version", None) == x._version:
-                self.places += 1
-                return SkippedDerivative.apply(x, function, args, kwargs)
+                self.skipped += 1
+                return StraightThrough.apply(x, function, args, kwargs)
         return function(*args, **kwargs)
 
 
 class InplaceABN1012(nn.Module):
-    """A copy of `model` in eval mode with the gradient that inplace_abn v1.0.12 gave there.
+    """A copy of `model` in eval mode with the gradient of inplace_abn v1.0.12.
 
-    The ASL repository pinned it. In eval mode its backward pass uses `dy_act`, the gradient at the
-    activation's output, instead of `dy`, the one at its input. So do the first `first` activations
-    here (None: all) that InPlace-ABN could have replaced; `places` counts them in the last forward
-    pass. Raises Failure if the first batch's logits change, or if the network is scripted or can't
-    be copied.
+    The ASL repository pinned that version. In eval mode its backward pass uses `dy_act`, the
+    gradient at the activation's output, instead of `dy`, the one at its input. Here the first
+    `first` activations (None: all) that InPlace-ABN could have replaced do so; `skipped` counts
+    them in the last forward pass. Raises Failure if the first batch's logits change, or if the
+    network is scripted or can't be copied.
     """
 
     def __init__(self, model, first=None):
@@ -346,25 +356,24 @@ class InplaceABN1012(nn.Module):
                 f"the network cannot be copied, so use its right gradient: {problem}", 2
             ) from None
         for module in self.network.modules():
-            if (
-                type(module).__name__ == "FrozenBatchNorm2d"
-            ):  # no F.batch_norm, but a product
+            # it multiplies and adds, without F.batch_norm
+            if type(module).__name__ == "FrozenBatchNorm2d":
                 module.register_forward_hook(mark_normalised)
         self.first = first
-        self.places = None  # it has not run yet
+        self.skipped = None  # it has not run yet
 
     def forward(self, images):
         if torch.is_inference_mode_enabled():  # there is no gradient to imitate
             return self.network(images)
         with SkipDerivatives(self.first) as mode:
             logits = self.network(images.clone())
-        if self.places is None:
+        if self.skipped is None:
             right = self.network(images.clone())
             if not torch.allclose(logits, right, 1e-4, 1e-4):
                 raise Failure(
                     "inplace_abn v1.0.12 cannot be imitated for this network: its logits change"
                 )
-        self.places = mode.places
+        self.skipped = mode.skipped
         return logits
 
 
@@ -400,14 +409,14 @@ def default_weights(dataset, data_dir, device):
 
 
 def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint, wrapped or not; raises Failure if a weight isn't finite."""
+    """The state dict in a checkpoint, wrapped or not; raises Failure for other contents."""
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     state = {}
     for name, x in content.items():
-        if not isinstance(x, torch.Tensor) or not x.isfinite().all():
-            raise Failure(f"{path}: {name} is not a finite tensor; use other --weights")
+        if not isinstance(x, torch.Tensor):
+            raise Failure(f"{path}: {name} is not a tensor; use other --weights")
         state[str(name).removeprefix("module.")] = x
     return state
 
@@ -461,7 +470,7 @@ def load_asl(path, arch=None, folded=True):
             print(
                 f"{path} has no class names; its 80 outputs are taken for COCO's, in order"
             )
-            categories = COCO.meta["categories"]
+            categories = COCO_DETECTOR.meta["categories"]
             names = [x for x in categories if x not in ("__background__", "N/A")]
         network.image_size = content.get("image_size", network.image_size)
         if network.image_size not in range(32, 1025, 4):
@@ -520,6 +529,7 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
     in [0, 1] and labels (n, 10) float32, 1 for those present; scene i does not depend on `n`.
     """
     digits, classes = scene_digits(source, data_dir, split)[1:]
+    # the length of its name gives each split its own seed
     rng = np.random.default_rng([seed, len(split)])
     images = np.empty((n, 3, image_size, image_size), np.float32)
     labels = torch.zeros(n, 10)
@@ -605,12 +615,12 @@ def augment(images, seeds):
 
 def training_data(args, names):
     """((images, labels) to train on, (images, labels) that select the best network)."""
-    source = {"limit": args.limit, "seed": args.seed, "names": names}
-    source.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
+    options = {"limit": args.limit, "seed": args.seed, "names": names}
+    options.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
     if args.dataset == "scenes":
-        train = load_data(split="train", **source)[:2]
-        return train, load_data(split="validation", **source)[:2]
-    images, labels = load_data(split="train2017", **source)[:2]
+        train = load_data(split="train", **options)[:2]
+        return train, load_data(split="validation", **options)[:2]
+    images, labels = load_data(split="train2017", **options)[:2]
     # independent of seed and limit, so that a later run holds out the same photos
     is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == 0
     held_out = Photos(images.paths[::HELD_OUT_EVERY], args.image_size)
@@ -632,7 +642,7 @@ def starting_network(args, names):
     network, known = load_asl(path, args.arch, folded=False)
     if known == names:
         return network, 0
-    print(f"the labels are not those of {path}: the last layer starts anew")
+    print(f"{path} has other labels, so its last layer is replaced")
     head = getattr(network, "head", network)
     head.fc = nn.Linear(head.fc.in_features, len(names))
     return network, 1
@@ -643,15 +653,15 @@ def derived_seed(*numbers):
     return hash(numbers) % 2**63
 
 
-def training_batches(args, images, labels, steps):
-    """Yield (images, labels) of every step after the first `steps`, the same after a resume."""
+def training_batches(args, images, labels, done):
+    """Yield (images, labels) of every step after the first `done`, the same after a resume."""
     per_epoch = len(labels) // args.batch_size
     batches = []
     for epoch in range(args.epochs):
         stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
         order = torch.randperm(len(labels), generator=stream)
         batches += order.split(args.batch_size)[:per_epoch]
-    for step, batch in enumerate(read_batches(images, batches[steps:]), steps):
+    for step, batch in enumerate(read_batches(images, batches[done:]), done):
         rows = batches[step]
         if args.dataset == "coco":
             epoch = step // per_epoch
@@ -666,7 +676,7 @@ def training_batches(args, images, labels, steps):
 
 def training_checkpoint(path, args):
     """This run's checkpoint at `path`, or a new one; raises Failure if it is another run's."""
-    flags = {name: getattr(args, name) for name in PLAN}
+    flags = {name: getattr(args, name) for name in MUST_MATCH}
     if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
@@ -684,7 +694,7 @@ def training_checkpoint(path, args):
 def learning_rate(largest, step, head_steps, total):
     """The learning rate of a step: falling for the head, then one cycle (Smith & Topin 2018)."""
     if step <= head_steps:
-        return HEAD_LR * largest * (1 - (step - 1) / head_steps)
+        return HEAD_LR_FACTOR * largest * (1 - (step - 1) / head_steps)
     # up for a fifth of the training, then down, along cosines
     share = (step - head_steps) / (total - head_steps + 1)
     rise = min(share / 0.2, (1 - share) / 0.8)
@@ -712,7 +722,7 @@ def training_parts(args, device, checkpoint, names, total):
 
 
 def train(args, device, names):
-    """Train a network for the classes `names`, or resume; returns (its path, number of images).
+    """Train a network for the classes `names`, or resume; returns (its path, facts for the record).
 
     Raises Failure if --out holds another run, if there are too few images, and if it diverges.
     """
@@ -768,15 +778,16 @@ def train(args, device, names):
         loss.backward()
         adam.step()
         torch._foreach_lerp_(averages, weights, 1 - min(AVERAGE, 1 - 8 / (step + 8)))
-        is_judged = step * EVALUATIONS % total < EVALUATIONS
-        if is_judged:
+        # evenly spaced; the last time after the last step
+        is_evaluated = step * EVALUATIONS % total < EVALUATIONS
+        if is_evaluated:
             logits = predict(average, held_out, device, n)
             mean_ap = average_precision(logits, truth.numpy()).mean().item()
-            row = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
-            history.append(row)
-            if mean_ap == max(row["mAP"] for row in history):  # of equals, the last
+            entry = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
+            history.append(entry)
+            if mean_ap == max(entry["mAP"] for entry in history):  # on a tie, the later
                 checkpoint["model"] = copy.deepcopy(average.state_dict())
-        if is_judged or step % SAVE_EVERY == 0:
+        if is_evaluated or step % SAVE_EVERY == 0:
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
@@ -785,22 +796,21 @@ def train(args, device, names):
             common.save(path, checkpoint)
     for name in parts:
         del checkpoint[name]
-    path = args.out / f"{args.arch}-{args.dataset}.pth"
-    common.save(path, checkpoint)
-    common.write_csv(args.out / "history.csv", history)
-    return path, len(labels)
+    weights_path = args.out / f"{args.arch}-{args.dataset}.pth"
+    common.save(weights_path, checkpoint)
+    return weights_path, {"dataset_size": len(labels), "history": history}
 
 
 def scenes_weights(data_dir, device):
-    """The path of the classifier of scenes of these digits, trained where there is none."""
+    """The path of the scenes classifier for these digits, trained if missing."""
     out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        flags = ["--train", "--dataset=scenes", f"--data={data_dir}"]
+        flags = ["--train", "--dataset=scenes"]
         if (out / "checkpoint.pt").exists():
             flags = ["--resume"]
-        main([*flags, f"--out={out}", f"--device={device.type}"])
+        main([*flags, f"--data={data_dir}", f"--out={out}", f"--device={device.type}"])
     return path
 
 
@@ -841,32 +851,34 @@ def average_precision(logits, labels):
 
 
 def measure(logits, labels, threshold):
-    """The numbers of the report, of arrays (N, L)."""
+    """The numbers of the report, of arrays (N, L). The intervals take labels as independent."""
     predicted = is_present(logits, threshold)
     present = labels > 0
-    right = (predicted & present).sum()
+    hits = (predicted & present).sum()
     return {
         "n": len(labels),
         "mAP": average_precision(logits, labels).mean().item(),
-        "OP": wilson(right, predicted.sum()),
-        "OR": wilson(right, present.sum()),
+        "OP": wilson(hits, predicted.sum()),
+        "OR": wilson(hits, present.sum()),
     }
 
 
 def main(argv=None):
     """Do what the flags say; returns the record in results.json."""
-    args = settings(argv)
+    args = parse_args(argv)
     device = common.pick_device(args.device)
     facts = {}
     numbers = {}
-    with common.hold(args.out):
-        part = "test" if args.dataset == "scenes" else args.split or "val2017"
+    with common.hold(args):
+        part = args.split or "val2017"
+        if args.dataset == "scenes":
+            part = "test"
         size = args.image_size
         if args.train:  # the evaluation data is loaded first, as it gives the classes
             names = load_data(
                 args.dataset, args.data, size, part, None, args.limit, args.seed
             )[2]
-            path, facts["dataset_size"] = train(args, device, names)
+            path, facts = train(args, device, names)
         else:
             path = args.weights or default_weights(args.dataset, args.data, device)
         network, names = load_asl(path, args.arch)
@@ -897,4 +909,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main, "interrupted; continue a training run with --resume")
+    common.run(main, "interrupted; --resume continues from a checkpoint, if there is one")

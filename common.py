@@ -1,9 +1,7 @@
 """What the scripts share: errors, flags, the device, files, records, FID and the data sets."""
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,8 +18,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import scipy
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.linalg import sqrtm
 from torch import nn
@@ -33,6 +33,7 @@ from torchvision.models import inception_v3
 from tqdm import tqdm
 
 START = time.time()
+PACKAGES = (torch, torchvision, np, scipy, PIL)
 TIMEOUT = 20  # seconds that a server may stay silent
 OUT_OF_MEMORY = "MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED|bad_alloc"
 
@@ -51,11 +52,9 @@ def run(main, interrupted="interrupted"):
     code = 1
     try:
         return main()
-    except Failure as problem:
+    except (Failure, OSError) as problem:
         line = problem
-        code = problem.code
-    except OSError as problem:
-        line = problem
+        code = getattr(problem, "code", 1)
     except KeyboardInterrupt:
         line = interrupted
         code = 130
@@ -90,29 +89,28 @@ def number(kind, least, most=1_000_000_000):
     return number
 
 
-def parser(description, out, datasets, dataset_help, limit_help):
+def parser(script, description, out, datasets, dataset_help, limit_help):
     """An argparse parser with the flags of every script; the first data set is the default."""
-    p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(script, None, description, formatter_class=HelpFormatter)
+    p.set_defaults(script=script)
     add = p.add_argument
     add("--data", default="data", help="folder of data sets and weights")
     add("--out", type=Path, default=out, help="folder that this run writes to")
     add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
     add("--limit", type=number(int, 1), metavar="N", help=limit_help)
-    add(
-        "--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers"
-    )
+    add("--seed", type=number(int, 0, 2**32), default=0, help="random seed")
     add(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
         help="where networks run",
     )
-    add("--force", action="store_true", help="overwrite files made with other settings")
+    add("--force", action="store_true", help="overwrite what --out holds")
     return p
 
 
 def pick_device(name):
-    """The torch.device for `--device`; "auto" is a GPU where there is one, else the CPU."""
+    """The torch.device for `--device`; "auto" is a GPU if there is one, else the CPU."""
     torch.set_flush_denormal(True)  # weight averages decay into denormals, which are slow
     cudnn.deterministic = True
     cudnn.allow_tf32 = False  # float32 means float32
@@ -122,21 +120,21 @@ def pick_device(name):
         return torch.device(name)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: one GPU per process
     if rank >= torch.get_device_module(name).device_count():
-        raise Failure(f"--device {name}: none for process {rank}; use --device cpu", 2)
+        raise Failure(f"process {rank} finds no --device {name}; use --device cpu", 2)
     if name == "cuda":
         torch.cuda.set_device(rank)
     return torch.device(name, rank)
 
 
 def has_bf16(device):
-    """Whether `device` multiplies bfloat16 in hardware; where emulated, float32 is faster."""
+    """Whether `device` multiplies bfloat16 in hardware; if emulated, float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def progress(*args, **kwargs):
-    """A tqdm bar; where stderr is no terminal, a line every half minute."""
+    """A tqdm bar; if stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
         kwargs.update(
             bar_format="{desc} {percentage:.0f}% {n_fmt}/{total_fmt}, {remaining} left\n",
@@ -148,8 +146,13 @@ def progress(*args, **kwargs):
 
 
 @contextmanager
-def hold(folder):
-    """Create the output folder and keep other runs out of it; raises Failure if one is at work."""
+def hold(args, *must_match):
+    """Create --out and keep other runs out of it.
+
+    Raises Failure if one is running, or, without --force, if results.json is that of another script
+    or was made with other values of the flags `must_match`.
+    """
+    folder = args.out
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # the operating system releases a database's lock, however this process ends
@@ -160,6 +163,8 @@ def hold(folder):
             f"--out {folder} is in use by another run, or read-only; choose another"
         ) from None
     with closing(lock):
+        flags = {name: getattr(args, name) for name in ("script", *must_match)}
+        require_same_record(args, flags)
         yield
 
 
@@ -172,7 +177,7 @@ def whole_file(path):
         with open(draft, "wb") as file:
             yield file
         draft.replace(path)
-    except (OSError, RuntimeError) as problem:  # the latter by torch.save
+    except (OSError, RuntimeError) as problem:  # torch.save raises the latter
         raise Failure(f"{path} was not written ({problem}); is the disk full?") from None
     finally:
         draft.unlink(missing_ok=True)
@@ -182,11 +187,11 @@ def is_finite(content):
     """Whether every tensor in these nested dictionaries is finite."""
     if isinstance(content, dict):
         return all(map(is_finite, content.values()))
-    return not isinstance(content, torch.Tensor) or bool(content.isfinite().all())
+    return not isinstance(content, torch.Tensor) or content.isfinite().all()
 
 
 def save(path, content):
-    """Write `content` to `path` as torch.save does, but whole or not at all."""
+    """Write `content` to `path` as torch.save does, but atomically."""
     with whole_file(path) as file:
         torch.save(content, file)
 
@@ -199,15 +204,13 @@ def load_checkpoint(path, advice, kind=None):
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises many kinds
-        blocked = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = "is absent, damaged, or not a torch file"
-        if blocked:
-            reason = f"holds {blocked[1]}, an unsafe type; save its state dict alone"
-        raise Failure(f"{path} {reason}; {advice}") from None
+    except Exception:  # torch raises many kinds
+        raise Failure(
+            f"{path} is absent, damaged, or holds more than a state dict; {advice}"
+        ) from None
     if not isinstance(content, dict) or kind not in (None, content.get("kind")):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
-    if kind and not is_finite(content):
+    if not is_finite(content):
         raise Failure(f"{path} holds a NaN or infinite weight; {advice}")
     return content
 
@@ -218,9 +221,22 @@ def require_same(path, old, new):
         if old.get(name) != value:
             raise Failure(
                 f"{path} was made with {name} {old.get(name)}, not {value}; "
-                "use that value, another --out, or --force",
+                "choose another --out, or add --force",
                 2,
             )
+
+
+def require_same_record(args, facts):
+    """Raise Failure if results.json has other settings or `facts`, unless --force is given."""
+    path = args.out / "results.json"
+    if args.force or not path.exists():
+        return
+    try:
+        record = json.loads(path.read_bytes())
+        old = {**record, **record["settings"]}
+    except (ValueError, KeyError, TypeError):
+        old = {"script": "unknown, as the file is damaged"}
+    require_same(path, old, json.loads(json.dumps(facts, default=str)))
 
 
 def wilson(hits, n):
@@ -250,27 +266,16 @@ def print_table(head, rows):
         print("  ".join(row))
 
 
-def write_csv(path, rows):
-    """Write dictionaries that have the same keys, such as the losses of a run, as a CSV file."""
-    with whole_file(path) as file, io.TextIOWrapper(file, newline="") as text:
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_results(args, device, numbers, **facts):
     """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    folder = shlex.quote(os.path.dirname(__file__))
-    failed, git = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    folder = os.path.dirname(__file__)
+    failed, git = subprocess.getstatusoutput(
+        f'git -C "{folder}" describe --always --dirty 2>{os.devnull}'
+    )
     record = {
-        "command": shlex.join(launcher + sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "settings": vars(args),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
+        **{package.__name__: package.__version__ for package in PACKAGES},
         "device": device,
         "bfloat16": has_bf16(device),
         "seconds": round(time.time() - START),
@@ -289,9 +294,9 @@ def download(url, path):
     if path.exists():
         return path
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            blocks = iter(lambda: answer.read(2**20), b"")
-            size = int(answer.headers.get("Content-Length", 0))
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            blocks = iter(lambda: response.read(2**20), b"")
+            size = int(response.headers.get("Content-Length", 0))
             content = b"".join(progress(blocks, path.name, size / 2**20, delay=5))
         expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
         digest = hashlib.sha256(content).hexdigest()
@@ -335,10 +340,10 @@ def frechet_distance_torch(x, y):
     exact also when N < D. Unlike the gradient of singular vectors, that of singular values divides
     by no differences between them. In float64, on the CPU. ValueError for NaN, or N or M below 2.
     """
-    if min(len(x), len(y)) < 2 or not torch.cat([x, y]).isfinite().all():
-        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     features = x.cpu().double()
     others = y.detach().cpu().double()
+    if min(len(x), len(y)) < 2 or not torch.cat([features, others]).isfinite().all():
+        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
     b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
     # QR shrinks A B^T to (N, D) at most
@@ -347,7 +352,7 @@ def frechet_distance_torch(x, y):
     cross = s[s > rounding].sum()  # a singular value of 0 has no gradient
     shift = features.mean(0) - others.mean(0)
     traces = a.square().sum() + b.square().sum()
-    return (shift.square().sum() + traces - 2 * cross).to(x)
+    return (shift.square().sum() + traces - 2 * cross).to(x.dtype).to(x)
 
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -376,8 +381,6 @@ def inception_features(images, weights=None, device="cpu"):
     state = load_checkpoint(weights, f"put {INCEPTION_URL} there")
     network = inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     try:
-        if not is_finite(state):
-            raise RuntimeError("it holds NaN or infinity")
         network.load_state_dict(state)
     except RuntimeError as problem:
         raise Failure(f"{weights} is not {INCEPTION_URL}: {problem}") from None
@@ -437,7 +440,7 @@ def glyphs(n, seed=0):
 
 
 def load_digits(name, data_dir, train=True, limit=None, device="cpu"):
-    """(Data set used, images, labels) of mnist, glyphs, or auto: MNIST where it can be had."""
+    """(Data set used, images, labels) of mnist, glyphs, or auto: MNIST if available."""
     used = "glyphs"
     if name != "glyphs":
         try:
@@ -460,9 +463,9 @@ def load_digits(name, data_dir, train=True, limit=None, device="cpu"):
 
 
 class Photos:
-    """Photos read when asked for: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
+    """Photos, read lazily: item i is (3, S, S), a slice (N, 3, S, S), float32 in [0, 1].
 
-    Each is rotated as its EXIF says, put on white where transparent, and converted by `transform`;
+    Each is rotated as its EXIF says, put on white if transparent, and converted by `transform`;
     None squashes it to `image_size` pixels. Raises Failure for unreadable ones.
     """
 
@@ -481,7 +484,7 @@ class Photos:
             with Image.open(self.paths[i]) as image:
                 if image.mode[0] in "IF":
                     raise ValueError("its pixels have more than 8 bits; convert it")
-                image.getexif()  # cached here: Pillow can't write every tag back
+                image.getexif()  # or exif_transpose may fail to write a tag back
                 image.info.pop("exif", None)
                 image = ImageOps.exif_transpose(image).convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -515,8 +518,9 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         classes = list(dict.fromkeys(names.values()))  # equal names are one class
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))
-        for note in content["annotations"]:
-            row_of[note["image_id"]][classes.index(names[note["category_id"]])] = 1
+        for annotation in content["annotations"]:
+            column = classes.index(names[annotation["category_id"]])
+            row_of[annotation["image_id"]][column] = 1
         # folders in a file name are dropped, so that no photo lands elsewhere
         paths = [folder / split / Path(file).name for file in files.values()]
         if not 0 < len(set(paths)) == len(content["images"]):

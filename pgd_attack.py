@@ -16,7 +16,8 @@ that switches one label and keeps the others.
     python pgd_attack.py --image photo.jpg --target dog
     torchrun --nproc-per-node 8 pgd_attack.py ...    splits the images across processes
 
-Writes into --out: results.json, adversarial.npz and figures (PNG).
+Writes results.json, adversarial.npz and figures (PNG) into --out, by default
+runs/pgd_attack/RUN-NETWORK-DATA-TARGET.
 """
 
 import argparse
@@ -26,11 +27,12 @@ import copy
 import datetime
 import difflib
 import hashlib
-import json
+import io
 import math
 import os
 import re
 import runpy
+import shlex
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -68,8 +70,8 @@ DEFAULTS = {  # target, eps, images per batch, --limit
     # class 60 of ImageNet, as in the log
     "torchvision": ("night snake", 8 / 255, 16, None),
 }
-# a repeated run may differ in these
-FREE = ("out", "device", "force")
+# may differ in a repeated run
+MAY_DIFFER = ("out", "device", "force")
 
 
 def fraction(text):
@@ -81,17 +83,19 @@ def fraction(text):
     if 0 < value <= 1:
         return value
     raise argparse.ArgumentTypeError(
-        f"{text!r} is not above 0 and at most 1; write 8 of 255 grey levels as 8/255"
+        f"{text!r} is not in (0, 1]; write 8 of 255 grey levels as 8/255"
     )
 
 
-def flags():
+def argument_parser():
     """The argparse parser; a default that depends on the run is named in the flag's help."""
     p = common.parser(
+        "pgd_attack.py",
         __doc__,
         None,
         ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto"),
-        "images to attack; the default depends on the model",
+        "default: scenes; with --image, --weights or an own network coco; with --week 4 auto, "
+        "or imagenet",
         "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)",
     )
     p.set_defaults(dataset=None)
@@ -188,16 +192,17 @@ def flags():
     return p
 
 
-def settings(argv=None):
+def parse_args(argv=None):
     """The flags, with every default resolved, and `kind`, a key of DATASETS."""
-    p = flags()
+    p = argument_parser()
     args = p.parse_args(argv)
     model = args.model or ("digits" if args.week == 4 else "asl")
     kind = model if model in ("asl", "digits") else "torchvision"
     if ":" in model:
         kind = "own"
-    has_labels = kind in ("asl", "own")
-    if args.week and has_labels == (args.week == 4):
+    multi_label = kind in ("asl", "own")
+    # week 4 attacks single-label classifiers, weeks 3 and 5 multi-label ones
+    if args.week and multi_label == (args.week == 4):
         p.error(f"--week {args.week} does not go with --model {model}; see --help")
     dataset = args.dataset or DATASETS[kind][0]
     if kind == "asl" and (args.image or args.weights):
@@ -205,8 +210,8 @@ def settings(argv=None):
     if dataset not in DATASETS[kind]:
         p.error(f"--dataset: --model {model} takes {' or '.join(DATASETS[kind])}")
     ignored = []
-    if not has_labels:
-        ignored += ["sweep", "dose", "loss", "direction", "restarts"]
+    if not multi_label:
+        ignored += ["sweep", "dose", "loss", "direction", "restarts", "threshold"]
     if args.sweep:
         ignored += ["eps", "restarts"]
     if args.week or args.dose:
@@ -227,9 +232,9 @@ def settings(argv=None):
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
 
-    target, eps, batch_size, limit = DEFAULTS[dataset if has_labels else kind]
+    target, eps, batch_size, limit = DEFAULTS[dataset if multi_label else kind]
     direction = "flip"
-    if args.week or args.dose or not has_labels:
+    if args.week or args.dose or not multi_label:
         direction = "on"
     if dataset == "coco" and (args.week == 5 or args.dose):
         target = "dining table"  # output 60; the log took it for the donut, whose category id is 60
@@ -395,14 +400,16 @@ def gradient_error(model, images, directions=4, step=1e-9):
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
     derivatives of a random sum of the logits, over the largest derivative. The image is shrunk
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
-    mode and is restored. Returns a float; NaN if nothing is known: the output is random, or so flat
-    that rounding drowns its slopes.
+    mode and is restored. Returns a float: NaN if it cannot tell, as the output is random, or so
+    flat that rounding drowns its slopes; infinity if the gradient is not finite.
     """
-    if images.device.type == "mps":  # Apple's GPUs have no float64
-        model = copy.deepcopy(model).cpu()
+    no_float64 = images.device.type == "mps"  # Apple's GPUs
+    if no_float64:
         images = images.cpu()
     originals = {}
     if isinstance(model, nn.Module):
+        if no_float64:
+            model = copy.deepcopy(model).cpu()
         for x in [*model.parameters(), *model.buffers()]:
             if x.is_floating_point():
                 originals[x] = x.data
@@ -419,6 +426,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
             logits = model(x.clone())
             weights = torch.randn(logits.shape, generator=stream).to(logits)
             (gradient,) = torch.autograd.grad((weights * logits).sum(), x)
+            if not gradient.isfinite().all():
+                return math.inf
             if not torch.equal(logits, model(image.clone())):
                 return math.nan
             for _ in range(directions):
@@ -467,12 +476,13 @@ def softmax_bce(logits, wanted, target=None, threshold=None):
         log_1_p = (1 - p).log().clamp(min=-100)
         loss = -wanted * log_p - (1 - wanted) * log_1_p
         slope = (p - wanted) / (p * (1 - p)).clamp(min=1e-12)
+    # the value is `loss`, and the derivative in p is `slope`, as in torch's own
     return (loss + slope * (p - p.detach())).mean(1)
 
 
 def margin(logits, wanted, target, threshold):
     """The corrected loss: one hinge per label, as Carlini & Wagner (2017, arXiv 1608.04644) have
-    for the top class. The target is pushed MARGIN past the threshold, other labels kept KEEP off.
+    for the top class. The target is pushed MARGIN past the threshold, others kept KEEP from it.
     """
     past = distance_past(logits, wanted, threshold)
     goal = torch.full_like(past, KEEP)
@@ -506,8 +516,9 @@ class Row(NamedTuple):
     gradient: str = "right"
     alpha: float = 2 / 255
     steps: int = 40
-    restarts: int | None = None  # None: every step is taken, even for finished images
-    places: int | None = None  # how many derivatives INPLACE_ABN skips; None: all
+    early_stop: bool = False  # whether an image stays as it is once its goal is reached
+    restarts: int = 0
+    skipped: int | None = None  # how many derivatives INPLACE_ABN skips; None: all
 
 
 WEEK_3 = (
@@ -529,7 +540,7 @@ WEEK_5 = (
     Row("softmax-ce", "softmax-ce", 0.3),
 )
 WEEK_4 = (  # see `attack_top_class`
-    Row("clipping-alone", None, 0.3),
+    Row("clipping-alone", None, 0.3, steps=0),
     Row("single-photo", "one-hot", 0.3),  # "very effective"
     Row("batch", "raw-logits", 0.3),  # "little influence"
 )
@@ -539,12 +550,12 @@ DOSE = (0, 1, 2, 4, 8, 16, None)  # activations skipped, in forward order; None:
 
 
 def rows_of(args):
-    """The attacks that the flags ask for; the last one is the corrected attack."""
+    """The attacks that the flags ask for, the corrected one (--dose: noise) last."""
     ours = Row(args.loss, args.loss, args.eps, args.gradient, args.alpha, args.steps)
     if args.loss == "margin":
-        ours = ours._replace(restarts=args.restarts)
+        ours = ours._replace(early_stop=True, restarts=args.restarts)
     if args.kind in ("digits", "torchvision"):
-        ours = ours._replace(name="corrected", loss="softmax-ce", restarts=0)
+        ours = ours._replace(name="corrected", loss="softmax-ce", early_stop=True)
     if args.week == 3:
         return [*WEEK_3, ours]
     if args.week == 4:
@@ -557,15 +568,16 @@ def rows_of(args):
         for eps in SWEEP:
             # alpha shrinks with eps, or one step would cross the whole ball
             alpha = min(ours.alpha, eps / 255 / 4)
-            row = ours._replace(eps=eps / 255, alpha=alpha, restarts=0)
-            rows.append(row._replace(name=f"noise-{eps}", loss=None))
+            row = ours._replace(eps=eps / 255, alpha=alpha, early_stop=True, restarts=0)
+            noise = row._replace(name=f"noise-{eps}", loss=None, gradient="right")
+            rows.append(noise)
             rows.append(row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps))
             rows.append(row._replace(name=f"attack-{eps}"))
         return rows
     if args.dose:
-        for places in DOSE:
-            name = "all" if places is None else f"first-{places}"
-            rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, places=places))
+        for skipped in DOSE:
+            name = "all" if skipped is None else f"first-{skipped}"
+            rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, skipped=skipped))
         return [*rows, Row("noise", None, 0.3)]
     return [ours]
 
@@ -581,10 +593,14 @@ class Task(NamedTuple):
     mean: list | None = None  # of week 4's normalisation, a number per channel
     std: list | None = None
 
+    @property
+    def multi_label(self):
+        return self.mean is None  # only week 4's tasks have a mean
+
 
 def predicted_labels(logits, task):
     """The labels, bool (N, L), that logits (N, L) predict; in week 4, the top class."""
-    if task.mean is None:
+    if task.multi_label:
         return is_present(logits, task.threshold)
     return F.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
 
@@ -595,7 +611,7 @@ def wanted_labels(logits, task):
     In week 4, where an image has one class, the target alone.
     """
     wanted = predicted_labels(logits, task).float()
-    if task.mean is not None:
+    if not task.multi_label:
         wanted.zero_()
     if task.direction == "flip":
         wanted[:, task.target] = 1 - wanted[:, task.target]
@@ -613,8 +629,8 @@ def logits_of(network, images):
 def attack_labels(network, images, logits, row, task):
     """`row`'s attack on images (N, C, S, S) in [0, 1] of logits (N, L); returns images.
 
-    With restarts, an image whose attack has failed goes on from where it is, with momentum and half
-    the step size; whether it has failed is judged in float32.
+    A restart continues a failed attack from where it is, with momentum and half the last step size;
+    failure is judged in float32.
     """
     if row.loss is None:
         return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
@@ -624,14 +640,14 @@ def attack_labels(network, images, logits, row, task):
         return LOSSES[row.loss](logits, wanted, task.target, task.threshold)
 
     def done(logits, wanted):
-        if task.mean is None:
+        if task.multi_label:
             return (distance_past(logits, wanted, task.threshold) > SLACK).all(1)
         others = logits.masked_fill(wanted.bool(), -torch.inf).amax(1)
         return logits[:, task.target] - others > LEAD
 
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
-    for attempt in range(1 + (row.restarts or 0)):
+    for attempt in range(1 + row.restarts):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=task.bf16):
             adversarial = pgd(
                 network,
@@ -641,7 +657,7 @@ def attack_labels(network, images, logits, row, task):
                 eps=row.eps,
                 alpha=row.alpha / 2**attempt,
                 steps=row.steps,
-                early_stop=done if row.restarts is not None else False,
+                early_stop=done if row.early_stop else False,
                 momentum=0.75 if attempt > 0 else 0,
                 start=result[remaining],
             )
@@ -667,12 +683,12 @@ def attack_top_class(network, images, logits, row, task):
         wanted[:, task.target] = 1
     mean = images.new_tensor(task.mean)[:, None, None]
     std = images.new_tensor(task.std)[:, None, None]
-    images = (images - mean) / std
+    normalised = (images - mean) / std
     # the log's fault: [0, 1] is the range of pixels, not of normalised values
-    low = (images - row.eps).clamp(0, 1)
-    high = (images + row.eps).clamp(0, 1)
-    adversarial = images.clamp(0, 1)
-    for _ in range(row.steps if row.loss else 0):
+    low = (normalised - row.eps).clamp(0, 1)
+    high = (normalised + row.eps).clamp(0, 1)
+    adversarial = normalised.clamp(0, 1)
+    for _ in range(row.steps):
         x = adversarial.detach().requires_grad_()
         loss = softmax_bce(network(x * std + mean), wanted)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
@@ -712,18 +728,18 @@ def rate_over_photos(hits, totals):
 def count_labels(logits_before, logits_after, truth, task):
     """The numbers of an attack, from logits (N, L) and actual labels (N, L), if known.
 
-    Labels are counted over all images, `target_switched` and `exact` over those of which the
-    attack is to change the target. Week 4, which ignores `truth`, has `target_switched`, for the
+    Labels are counted over all images, `target_switched` and `exact` over those whose target
+    the attack is to change. Week 4, which ignores `truth`, has `target_switched`, for the
     top class, and the log's own measure, `mean_sigmoid`.
     """
     target = task.target
     before = predicted_labels(logits_before, task)
     after = predicted_labels(logits_after, task)
     wanted = wanted_labels(logits_before, task).bool()
-    attacked = (wanted != before).any(1)
-    right = (after == wanted)[attacked]
+    to_change = (wanted != before).any(1)
+    right = (after == wanted)[to_change]
     numbers = {"target_switched": wilson(right[:, target].sum(), len(right))}
-    if task.mean is not None:
+    if not task.multi_label:
         numbers["mean_sigmoid"] = logits_after[:, target].sigmoid().mean().item()
         return numbers
     numbers["exact"] = wilson(right.all(1).sum(), len(right))
@@ -759,7 +775,7 @@ def label_index(name, names):
         return names.index(name)
     near = difflib.get_close_matches(name.lower(), names, 3, 0.4) or names[:3]
     raise Failure(
-        f"{name[:50]!r} is none of the {len(names)} names; the nearest are {', '.join(near)}",
+        f"{name[:50]!r} is not one of the {len(names)} names; nearest: {', '.join(near)}",
         2,
     )
 
@@ -801,7 +817,7 @@ def own_network(spec, device):
 
 
 def torchvision_network(name, path, data_dir):
-    """(Network of images in [0, 1], weights' entry) of torchvision's classifier `name`; Failure.
+    """(Network of images in [0, 1], weights' entry) of torchvision's `name`. Raises Failure.
 
     `path`: its state dict; None: the published one. torchvision itself builds the network and
     loads the weights, because that differs between architectures.
@@ -862,7 +878,7 @@ def new_task(args, names, device, mean=None, std=None):
     return Task(names, target, args.direction, args.threshold, bf16, mean, std)
 
 
-def load_multi_label(args, device):
+def multi_label_subject(args, device):
     """Weeks 3 and 5: the Subject that the flags name."""
     if args.kind == "own":
         source = args.model
@@ -885,7 +901,7 @@ def load_multi_label(args, device):
     return Subject(network, task, images, truth, description)
 
 
-def load_digits(args, device):
+def digits_subject(args, device):
     """Week 4's Subject on digits, with the evaluation classifier of week 1."""
     dataset, images, labels = common.load_digits(args.dataset, args.data, device=device)
     network = acwgan.evaluation_classifier(args.out, dataset, images, labels)
@@ -896,7 +912,7 @@ def load_digits(args, device):
     return Subject(network, task, images, truth, f"test digits of {dataset}")
 
 
-def load_single_label(args, device):
+def single_label_subject(args, device):
     """Week 4's Subject on photos, with a classifier of torchvision's."""
     network, weights = torchvision_network(args.model, args.weights, args.data)
     if args.weights:
@@ -924,7 +940,7 @@ def load_single_label(args, device):
 
 def captions(before, after, task):
     """The labels of an image, [(text, colour)]: kept (black), new (green) and lost (red) ones."""
-    if task.mean is not None:
+    if not task.multi_label:
         colour = "black"
         if after.argmax() != before.argmax():
             colour = "green" if after.argmax() == task.target else "firebrick"
@@ -957,8 +973,8 @@ def figure(title, outcomes, rows, task):
         headings[row.name] = f"{name}\n{gradient}eps {row.eps:.2g}"
     clean = outcomes["clean"]
     saved = clean.logits[: len(clean.pixels)]
-    attacked = wanted_labels(saved, task) != predicted_labels(saved, task)
-    first = attacked.any(1).int().argmax()
+    to_change = wanted_labels(saved, task) != predicted_labels(saved, task)
+    first = to_change.any(1).int().argmax()
     pixels = torch.stack([outcomes[name].pixels[first] for name in headings]) / 255
     changes = pixels - pixels[0]
     scale = changes.abs().max().clamp(min=1 / 255)
@@ -991,40 +1007,40 @@ def figure(title, outcomes, rows, task):
     return page.crop((0, 0, 900, bottom + 4))
 
 
-def dose_curves(rows, numbers, cosines, target):
-    """{name: values, by the places skipped} for `plot_dose`; the last of the rows is noise."""
+def dose_curves(numbers, cosines, target):
+    """{name: values, by the derivatives skipped} of the rows' `numbers`, for `plot_dose`."""
+    before = numbers["noise"]  # what was there before an attack is the same in all rows
     labels = []
     targets = []
-    for row in rows:
-        counts = numbers[row.name]
-        labels.append(counts["labels_after"] / max(1, counts["labels_before"]))
-        targets.append(counts["target_after"] / max(1, counts["target_before"]))
-    noise = labels.pop()
+    for counts in numbers.values():
+        labels.append(counts["labels_after"] / max(1, before["labels_before"]))
+        targets.append(counts["target_after"] / max(1, before["target_before"]))
+    noise = labels.pop()  # the last row
     curves = {
         "cosine of the first step's gradient with the right one": cosines,
         "all labels after the attack / before (below 1: labels are lost)": labels,
         "all labels after noise / before": [noise] * len(labels),
     }
-    if counts["target_before"]:
+    if before["target_before"]:
         curves[f"{target} after the attack / before"] = targets[:-1]
     return curves
 
 
-def plot_dose(title, places, curves):
-    """A PIL image of curves {name: values}, four at most, over the places that are skipped."""
+def plot_dose(title, skipped, curves):
+    """A PIL image of curves {name: values}, four at most, over the derivatives `skipped`."""
     page = Image.new("RGB", (600, 470), "white")
     ink = ImageDraw.Draw(page)
     ink.font = ImageFont.load_default(13)
     ink.text((50, 8), title, "black")
     ink.text(
         (50, 434),
-        "activations whose derivative is skipped, from the input on (not to scale);\n"
-        f"0: the right gradient; {places[-1]}: that of inplace_abn 1.0.12",
+        "activation derivatives skipped, counted from the input (not to scale);\n"
+        f"0: the right gradient; {skipped[-1]}: all, as in inplace_abn 1.0.12",
         "black",
     )
-    xs = np.linspace(50, 580, len(places))
-    for x, place in zip(xs, places, strict=True):
-        ink.text((x, 416), str(place), "black", anchor="mt")
+    xs = np.linspace(50, 580, len(skipped))
+    for x, count in zip(xs, skipped, strict=True):
+        ink.text((x, 416), str(count), "black", anchor="mt")
     values = np.array(list(curves.values()))
     low = math.floor(min(0, values.min()))
     high = math.ceil(values.max())
@@ -1054,21 +1070,23 @@ def week_5_gradient(network, images, logits, task):
 
 
 def check_gradients(network, rows, image):
-    """Print whether the attacked networks' gradients are right at an image (3, S, S).
+    """Print whether the attacked networks' gradients are right at an image (C, S, S).
 
-    Returns {"gradient_error"} and, if a row has the wrong gradient, its error and its places.
+    Returns {"gradient_error"} and, if a row has the wrong gradient, its error and how many
+    derivatives it skips.
     """
     checked = {"gradient_error": network}
     numbers = {}
     if INPLACE_ABN in [row.gradient for row in rows]:
         imitation = asl_model.inplace_abn_1_0_12(network)
         checked["wrong_gradient_error"] = imitation
-        logits_of(imitation, image[None])  # it counts its places
-        places = imitation.places
-        numbers["places"] = places
-        print(f"the wrong gradient skips the derivatives of {places} activations")
-        if places == 0:
-            print("WARNING: it has none to skip, so its wrong gradient is the right one")
+        logits_of(imitation, image[None])  # it counts what it skips
+        numbers["skipped"] = imitation.skipped
+        print(
+            f"the wrong gradient skips the derivatives of {imitation.skipped} activations"
+        )
+        if imitation.skipped == 0:
+            print("WARNING: there is none to skip, so the two gradients are the same")
     for name, model in checked.items():
         try:
             error = gradient_error(model, image[None])
@@ -1080,7 +1098,7 @@ def check_gradients(network, rows, image):
         elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
         print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
-        numbers[name] = None if math.isnan(error) else error  # JSON has no NaN
+        numbers[name] = error if math.isfinite(error) else None  # JSON has no NaN
     return numbers
 
 
@@ -1088,7 +1106,7 @@ def print_report(rows, numbers, task):
     """Print, for labels, the log's six counts, and every attack's settings and numbers."""
     counts = ["mean_sigmoid"]
     rates = ["target_switched"]
-    if task.mean is None:
+    if task.multi_label:
         counts = ["target_after", "labels_after", "others_new"]
         rates += ["exact", "others_lost"]
         shown = list(dict.fromkeys([rows[0].name, rows[-1].name]))
@@ -1103,20 +1121,19 @@ def print_report(rows, numbers, task):
             lines.append([row.name, *map(numbers[row.name].get, keys)])
         common.print_table(["attack", *keys], lines)
         print()
-    if task.mean is None:
-        print("""target_switched: share of the images whose target label was to change, and did
+    rate = numbers[rows[0].name]["target_switched"]
+    n = rate["n"] if rate else 0
+    if task.multi_label:
+        print(f"""target_switched: share of the {n} images whose target was to change, and did
 exact: share of the same images where, in addition, every other label is unchanged
-others_lost: share of the labels predicted before, other than the target, over all images""")
+others_lost: share of the other labels predicted before that are lost, over all images""")
     else:
-        print(
-            "target_switched: share of the images of other classes that became the target"
-        )
+        print(f"target_switched: share of {n} images of other classes that became it")
 
 
 def print_photo(network, outcomes, task, device):
     """Print the labels of --image before and after each attack, from its 8-bit pixels."""
     before = outcomes["clean"].logits
-    after = before
     for name, outcome in outcomes.items():  # the last one is the corrected attack
         pixels = outcome.pixels.to(device).float() / 255
         after = logits_of(network, pixels).cpu()
@@ -1124,7 +1141,7 @@ def print_photo(network, outcomes, task, device):
         print(f"{name}: {', '.join(words) or 'no label'}")
     wanted = wanted_labels(before, task).bool()
     if not torch.equal(predicted_labels(after, task), wanted):
-        print("these 8-bit pixels fail; without --week, a larger --eps may help")
+        print("the 8-bit image misses the goal; a larger --eps may help")
 
 
 # --- the run
@@ -1153,26 +1170,8 @@ def weights_digest(network):
     return digest.hexdigest()[:12]
 
 
-def require_same_settings(args, **facts):
-    """Raise Failure if --out holds results of other settings or facts, unless --force is given."""
-    path = args.out / "results.json"
-    if args.force or not path.exists():
-        return
-    settings = json.loads(json.dumps({**vars(args), **facts}, default=str))
-    for name in FREE:
-        del settings[name]
-    try:
-        record = json.loads(path.read_bytes())
-        old = {**record, **record["settings"]}
-    except (ValueError, KeyError, TypeError):
-        raise Failure(
-            f"{path} is damaged; choose another --out, or add --force", 2
-        ) from None
-    common.require_same(path, old, settings)
-
-
 def save_arrays(args, subject, outcomes):
-    """Write adversarial.npz: pixels and logits of the first --save images, and what they are."""
+    """Write adversarial.npz: pixels, logits, truth and files of the first --save images."""
     n = args.save
     arrays = {"names": subject.task.names}
     arrays["truth"] = []  # stays empty if it is not known
@@ -1199,7 +1198,7 @@ def report(args, device, world, subject, rows, outcomes, record):
         after = outcomes[row.name].logits
         numbers = count_labels(before, after, subject.truth, task)
         record["rows"][row.name] = {**row._asdict(), **numbers}
-    if subject.truth is not None and task.mean is None:
+    if subject.truth is not None and task.multi_label:
         ap = asl_model.average_precision(before.numpy(), subject.truth.numpy())
         record["mAP"] = ap.mean().item()
     elif subject.truth is not None:
@@ -1218,9 +1217,9 @@ def report(args, device, world, subject, rows, outcomes, record):
         cosines = {}
         for row in rows[:-1]:
             cosines[row.name] = outcomes[row.name].cosines.mean().item()
-        places = [row.places for row in rows[:-2]] + [record["places"]]
-        curves = dose_curves(rows, record["rows"], list(cosines.values()), args.target)
-        pictures["dose"] = plot_dose(title, places, curves)
+        skipped = [row.skipped for row in rows[:-2]] + [record["skipped"]]
+        curves = dose_curves(record["rows"], list(cosines.values()), args.target)
+        pictures["dose"] = plot_dose(title, skipped, curves)
         record["cosines"] = cosines
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
@@ -1228,16 +1227,18 @@ def report(args, device, world, subject, rows, outcomes, record):
     for name, picture in pictures.items():
         with common.whole_file(args.out / f"{name}.png") as file:
             picture.save(file, "png")
-    record = common.write_results(
-        args, device, record, processes=world, images=subject.description
-    )
+    record.update(processes=world, images=subject.description)
+    if world > 1:
+        command = ["torchrun", "--nproc-per-node", str(world), *sys.argv]
+        record["command"] = shlex.join(command)
+    record = common.write_results(args, device, record)
 
     print(title)
     for key in ("mAP", "accuracy"):
         if key in record:
             value = record[key]
             text = f"{value:.1%}" if key == "mAP" else common.cell(value)
-            print(f"{key} of the network on them: {text}")
+            print(f"{key} on these images: {text}")
     if args.image:
         print_photo(subject.network, outcomes, task, device)
     else:
@@ -1286,7 +1287,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
                 outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
             torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], i))
             attack = attack_labels
-            if subject.task.mean is not None and row.loss not in LOSSES:
+            if not subject.task.multi_label and row.loss not in LOSSES:
                 attack = attack_top_class
             moved = attack(network, images, before, row, subject.task)
             outcome.keep(batch, moved, logits_of(subject.network, moved))
@@ -1301,43 +1302,44 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
 
 def main(argv=None):
     """Attack, write the files, print; returns the record (None in torchrun's other processes)."""
-    args = settings(argv)
+    args = parse_args(argv)
     device = common.pick_device(args.device)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     folder = contextlib.nullcontext()
     if rank == 0:
-        folder = common.hold(args.out)
+        names = [name for name in vars(args) if name not in MAY_DIFFER]
+        folder = common.hold(args, *names)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
         atexit.register(dist.destroy_process_group)  # or the exit itself may abort
     if rank > 0:
-        sys.stdout = None  # the first process alone prints,
-        dist.barrier()  # and it trains or downloads what the others then find
+        sys.stdout = io.StringIO()  # only the first process prints
+        dist.barrier()  # it also trains or downloads first, while the others wait
     with folder:
-        load = load_multi_label
-        if args.kind in ("digits", "torchvision"):
-            load = load_digits if args.kind == "digits" else load_single_label
-        if rank == 0:
-            require_same_settings(args)
+        load = multi_label_subject
+        if args.kind == "digits":
+            load = digits_subject
+        elif args.kind == "torchvision":
+            load = single_label_subject
         subject = load(args, device)
         if world > 1 and rank == 0:
             dist.barrier()
         network = subject.network.eval().to(device)
         weights = weights_digest(network)
         if rank == 0:
-            require_same_settings(args, weights_sha256=weights)
+            common.require_same_record(args, {"weights_sha256": weights})
         rows = rows_of(args)
         record = {"dataset_size": len(subject.images), "weights_sha256": weights}
         record.update(check_gradients(network, rows, subject.images[0].to(device)))
-        if args.dose:  # a row that skips every place is there already
-            places = record["places"]
-            rows = [row for row in rows if row.places is None or row.places < places]
+        if args.dose:  # a row that skips everything is there already
+            total = record["skipped"]
+            rows = [row for row in rows if row.skipped is None or row.skipped < total]
         networks = {"clean": network}
         for row in rows:
             networks[row.name] = network
             if row.gradient == INPLACE_ABN:
-                networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.places)
+                networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.skipped)
         outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
         if rank > 0:
             return None

@@ -4,7 +4,7 @@ Approach 1 trained a new generator against a finished critic, an auxiliary and a
 its samples "remained just noise images". Approach 2 retrained week 1's generator, as AT-GAN does
 (Wang, He & Hopcroft 2019, arXiv 1904.07793), with an FID as the distance; the digits degraded.
 This script repeats both, changes one thing per row, and ends with digits that the target classifier
-takes for the next class, while independent judges still read their own.
+takes for the next class, while independent judges still see their own.
 
     python acwgan.py && python transfer.py      train week 1's generator, then every row
     python transfer.py --variant ours --force   retrain one row; the others stay in the report
@@ -37,7 +37,7 @@ class Variant(NamedTuple):
     start: str  # what the generator starts from, see `new_generator`
     weights: dict  # of the terms of the loss, see `loss_term`
     rounds: int = 1  # generator steps, in multiples of --steps
-    # times 800 steps, the learning rate is a quarter of the log's 1e-4 times 94,000
+    # rate x 800 steps: a quarter of the log's 1e-4 x 94,000
     lr: float = 3e-3
     betas: tuple | None = (0.0, 0.9)  # of Adam, as in the log; None: plain SGD
     scheduled: bool = False  # the learning rate falls, the euclidean weight rises
@@ -79,9 +79,10 @@ BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet dist
 CW_DIGITS = 200  # digits for Carlini & Wagner's search, which is slow
 
 
-def settings(argv=None):
+def parse_args(argv=None):
     """Parse the flags."""
     parser = common.parser(
+        "transfer.py",
         __doc__,
         Path("runs/transfer"),
         ("auto", "mnist", "glyphs"),
@@ -94,9 +95,14 @@ def settings(argv=None):
     week_1 = "runs/acwgan/checkpoint.pt"
     add("--generator", type=Path, default=week_1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
-    text = "per generator; ours: 6 times as many"
+    text = "training steps per row (ours: 6 times as many)"
     add("--steps", type=number(int, 1), default=800, help=text)
-    add("--samples", type=number(int, 20), default=10_000, help="digits drawn per row")
+    add(
+        "--samples",
+        type=number(int, 20),
+        default=10_000,
+        help="digits drawn per row; best a multiple of 125",
+    )
     args = parser.parse_args(argv)
     if args.limit == 1:
         parser.error("--limit 1: a Frechet distance needs at least 2 images")
@@ -136,7 +142,7 @@ CLASSIFIERS = {  # network, its arguments, its training, the attack if that is a
     # these help to train the generators
     "auxiliary": (cnn, AUXILIARY, {"seed": 3, "epochs": 3, "lr": 3e-3, "shift": 2}, None),
     "robust_auxiliary": (cnn, AUXILIARY, {"seed": 4, "epochs": 4, "lr": 3e-3}, FGSM),
-    # the judges are in no loss, and their architecture and training are their own
+    # the judges are in no loss; pgd_judge differs from all others in its training, too
     "judge": (cnn, JUDGE, {"seed": 5, "epochs": 7, "lr": 4e-3}, FGSM),
     "pgd_judge": (pgd_judge, (), {"seed": 6, "epochs": 4, "lr": 5e-3}, PGD),
 }
@@ -149,8 +155,8 @@ def relu_convolution(c_in, c_out):
 
 
 class Refiner(nn.Module):
-    """`ours`: a U-Net that adds a residual to the digits of week 1's generator, which is frozen.
-    Latent (N, latent), labels (N,) -> images (N, 1, 28, 28) in [0, 1]; it needs no target."""
+    """`ours`: a U-Net that adds a residual to the digits of week 1's frozen generator.
+    Latent (N, latent), labels (N,) -> images (N, 1, 28, 28) in [0, 1]; it runs without a target."""
 
     def __init__(self, original):
         super().__init__()
@@ -168,7 +174,7 @@ class Refiner(nn.Module):
             nn.ConvTranspose2d(80, 40, 2, 2),
         )
         self.decoder = nn.Sequential(relu_convolution(40, 40), relu_convolution(40, 4))
-        for weight in self.decoder[-1].parameters():  # first draws the original's
+        for weight in self.decoder[-1].parameters():  # it starts as the original
             nn.init.zeros_(weight)
         self.to(memory_format=torch.channels_last)
 
@@ -190,15 +196,16 @@ def load_week_1(path, dataset, device=None):
     checkpoint = common.load_checkpoint(path, advice, "acwgan")
     if checkpoint["steps"] < checkpoint["total_steps"]:
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
-    week_1 = checkpoint["settings"]
-    if week_1["image_size"] != 28 or dataset not in ("auto", week_1["dataset"]):
+    trained_with = checkpoint["settings"]
+    known = ("auto", trained_with["dataset"])
+    if trained_with["image_size"] != 28 or dataset not in known:
         raise Failure(
             f"{path} does not draw 28 x 28 digits of --dataset {dataset}; name another "
             f"--generator, or train one: python acwgan.py --dataset {dataset} --out FOLDER",
             2,
         )
-    generator = acwgan.Generator(week_1["latent"], week_1["width"], 28)
-    critic = acwgan.Critic(week_1["width"], 28)
+    generator = acwgan.Generator(trained_with["latent"], trained_with["width"], 28)
+    critic = acwgan.Critic(trained_with["width"], 28)
     # of the weights: the file also holds paths, which may differ
     digest = hashlib.sha256()
     for network, name in ((generator, "average"), (critic, "critic")):
@@ -206,7 +213,7 @@ def load_week_1(path, dataset, device=None):
         network.eval().requires_grad_(False).to(device)
         for weight in checkpoint[name].values():
             digest.update(weight.numpy().tobytes())
-    facts = {"week_1": digest.hexdigest()[:12], "dataset": week_1["dataset"]}
+    facts = {"week_1": digest.hexdigest()[:12], "dataset": trained_with["dataset"]}
     return generator, critic, facts
 
 
@@ -270,7 +277,7 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
         for _ in range(steps):
             adv = (free.tanh() + 1) / 2
             size = (adv - images).square().flatten(1).sum(1)
-            lead = margin(network(adv), wanted) - 0.1  # outlasts rounding to 8 bits
+            lead = margin(network(adv), wanted) - 0.1  # survives rounding to 8 bits
             loss = size + c * (-lead).relu()
             adam.zero_grad()
             loss.sum().backward()
@@ -308,7 +315,7 @@ def load_networks(out, dataset, images, labels, original, critic):
 
 
 def classify(network, images):
-    """The classes (N,) int64 that `network` reads from images (N, 1, 28, 28)."""
+    """The classes (N,) int64 that `network` predicts for images (N, 1, 28, 28)."""
     return acwgan.predict(network, images).argmax(1)
 
 
@@ -403,7 +410,7 @@ def train(name, args, networks, real_images, real_labels):
             fake = images.detach()
             acwgan.critic_step(critic, critic_adam, real, real_labels[rows], fake)
         loss = 0
-        # entered anew: the context above cached the critic's weights from before its step
+        # a new context: the one above cached the critic's weights from before its step
         with acwgan.autocast(device):
             for term, weight in weights.items():
                 value = loss_term(term, networks, bank, images, latent, labels, wanted)
@@ -454,11 +461,11 @@ def measure(images, original, labels, variant, networks):
         "pgd_judge_reads_y": pgd_judge_reads_y,
         "both_by_pgd_judge": fooled & pgd_judge_reads_y,
     }
-    counts = labels != wanted  # an image of the wanted class fools nobody
+    counted = labels != wanted  # an image of the wanted class fools nobody
     row = {}
     for name, hit in hits.items():
-        row[name] = common.wilson(hit[counts].sum(), counts.sum())
-    change = (images - original)[counts]
+        row[name] = common.wilson(hit[counted].sum(), counted.sum())
+    change = (images - original)[counted]
     row["l2"] = mean_l2(change)
     row["linf"] = change.abs().flatten(1).amax(1).mean().item()
     classes = {"target": wanted, "predicted": predicted}
@@ -467,7 +474,7 @@ def measure(images, original, labels, variant, networks):
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
 GREEN = "Green: target fooled; both judges (robust classifiers) read the digit."
-PAGES = {  # what each says on top, and its lines
+PAGES = {  # the caption and the rows of each
     "synthetic-adversarial-framework": (
         "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
         f"scratch: the critic is frozen; scratch-live: it keeps training. {GREEN}",
@@ -485,7 +492,7 @@ PAGES = {  # what each says on top, and its lines
 }
 
 
-def write_answers(ink, top, classes):
+def write_predictions(ink, top, classes):
     """Write under the first ten digits, of the classes 0 to 9, what the classifiers predict."""
     small = ImageFont.load_default(14)
     for y in range(10):
@@ -519,7 +526,7 @@ def write_figures(out, drawn, predictions):
             page.paste(acwgan.grid(lines[name], 10), (192, top))
             ink.text((8, top + 44), name, "black", anchor="lm")
             if name in predictions:
-                write_answers(ink, top + 86, predictions[name])
+                write_predictions(ink, top + 86, predictions[name])
         with common.whole_file(out / f"{title}.png") as file:
             page.save(file, "png")
 
@@ -540,36 +547,37 @@ Week 2 on {dataset}. The target is attacked, the auxiliaries help to train, and 
 measure. Under PGD: on digits that PGD has changed by up to 0.3 (L-inf). A judge that is right on
 fewer than half of these learnt from too few digits (--limit), and its answers mean little.
 """)
-    common.print_table(["classifier", "right on test digits"], accuracies.items())
+    common.print_table(["classifier", "test accuracy"], accuracies.items())
     print("""
 Each row draws digits of a class y, which the target should take for the next class, y + 1; in
-scratch and scratch-live, an untrained classifier should take them for 7. In % of the digits:
+scratch and scratch-live, an untrained classifier should take them for 7. In % of n digits:
   fooled             the classifier does so
   judge, pgd_judge   this judge answers y; whether a person would was not measured
-  both, both (pgd)   fooled and judge, or fooled and pgd_judge, hold for the same digit: the aim
+  both, both (pgd)   the target is fooled, and this judge still answers y: the aim
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
 least L2 change that fools the target; L2/C&W: L2 relative to that search's, on the same digits.
 """)
     lines = []
     for name, row in rows.items():
         rates = [100 * row[key]["rate"] for key in COLUMNS.values()]
-        lines.append([name, *rates, row["l2"], row["l2_over_cw"], row["linf"]])
-    common.print_table(["row", *COLUMNS, "L2", "L2/C&W", "L-inf"], lines)
+        n = row["both"]["n"]
+        lines.append([name, n, *rates, row["l2"], row["l2_over_cw"], row["linf"]])
+    common.print_table(["row", "n", *COLUMNS, "L2", "L2/C&W", "L-inf"], lines)
 
 
 def main(argv=None):
     """Train, draw, measure and compare the rows; returns the record that results.json holds."""
-    args = settings(argv)
+    args = parse_args(argv)
     device = common.pick_device(args.device)
     out = args.out
-    with common.hold(out):
+    with common.hold(args, "samples"):
         original, critic, facts = load_week_1(args.generator, args.dataset, device)
         dataset = facts["dataset"]
-        _, images, digits = common.load_digits(
+        _, real_images, real_labels = common.load_digits(
             dataset, args.data, limit=args.limit, device=device
         )
         facts.update(
-            dataset_size=len(images),
+            dataset_size=len(real_images),
             batch_size=BATCH_SIZE,
             target_margin=TARGET_MARGIN,
             robust_margin=ROBUST_MARGIN,
@@ -584,7 +592,7 @@ def main(argv=None):
             generator = load_generator(name, args, made_with[name], original)
             if generator or name in args.variant:
                 generators[name] = generator
-        networks = load_networks(out, dataset, images, digits, original, critic)
+        networks = load_networks(out, dataset, real_images, real_labels, original, critic)
         _, test_images, test_labels = common.load_digits(
             dataset, args.data, train=False, limit=args.samples, device=device
         )
@@ -595,7 +603,7 @@ def main(argv=None):
         rows = {}
         for name, generator in generators.items():
             if generator is None:
-                generator = train(name, args, networks, images, digits)
+                generator = train(name, args, networks, real_images, real_labels)
                 checkpoint = {"kind": "transfer", "settings": made_with[name]}
                 checkpoint["generator"] = generator.state_dict()
                 common.save(out / f"generator-{name}.pt", checkpoint)
@@ -615,15 +623,16 @@ def main(argv=None):
         rows[name], predictions[name] = measure(
             least, start, labels, VARIANTS["original"], networks
         )
-        found = (least != start).flatten(1).any(1)  # an image is unchanged where it fails
+        succeeded = (
+            (least != start).flatten(1).any(1)
+        )  # the others failed, or needed no change
         for name, row in rows.items():
             row["l2_over_cw"] = None
-            if found.any():
-                l2 = mean_l2((drawn[name][:CW_DIGITS] - start)[found])
-                row["l2_over_cw"] = l2 / mean_l2((least - start)[found])
+            if succeeded.any():
+                l2 = mean_l2((drawn[name][:CW_DIGITS] - start)[succeeded])
+                row["l2_over_cw"] = l2 / mean_l2((least - start)[succeeded])
         write_figures(out, drawn, predictions)
-        facts.update(accuracy=rates, rows=rows)
-        record = common.write_results(args, device, facts)
+        record = common.write_results(args, device, facts, accuracy=rates, rows=rows)
     print_report(dataset, rates, rows)
     return record
 
