@@ -170,7 +170,8 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
-        return self.head(self.features(images)).float()
+        # not bfloat16, as under autocast
+        return self.head(self.features(images)).to(images.dtype)
 
 
 def cnn(convolutions, flattened, features=128, norm=False):

@@ -400,8 +400,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
     derivatives of a random sum of the logits, over the largest derivative. The image is shrunk
     towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
-    mode and is restored. Returns a float: NaN if it cannot tell, as the output is random, or so
-    flat that rounding drowns its slopes; infinity if the gradient is not finite.
+    mode and is restored. Returns a float: NaN if it cannot tell, as the output is random, not
+    float64, or so flat that rounding drowns its slopes; infinity if the gradient is not finite.
     """
     no_float64 = images.device.type == "mps"  # Apple's GPUs
     if no_float64:
@@ -428,7 +428,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
             (gradient,) = torch.autograd.grad((weights * logits).sum(), x)
             if not gradient.isfinite().all():
                 return math.inf
-            if not torch.equal(logits, model(image.clone())):
+            is_random = not torch.equal(logits, model(image.clone()))
+            if is_random or logits.dtype != torch.float64:
                 return math.nan
             for _ in range(directions):
                 v = torch.randn(image.shape, generator=stream).to(image)

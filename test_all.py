@@ -2038,6 +2038,8 @@ def random_tresnet(arch):
 def test_gradient_error_is_near_0_for_right_networks():
     tresnet = random_tresnet("tresnet_s")
     networks = [small_network(), tresnet, asl_model.fold(tresnet), torch.square]
+    digits = acwgan.evaluation_network()
+    assert pgd_attack.gradient_error(digits, photo_like(1, 28)[:, :1]) < 0.01
     for name in ("resnet18", "squeezenet1_1", "mobilenet_v3_small"):
         networks.append(torchvision.models.get_model(name))
     for network in networks:  # the rounding is below 1e-5, a kink that is met costs more
@@ -2045,7 +2047,7 @@ def test_gradient_error_is_near_0_for_right_networks():
 
 
 def test_gradient_error_is_near_1_for_wrong_networks_and_nan_for_random_ones():
-    """NaN also where rounding drowns the slopes."""
+    """NaN also where rounding drowns the slopes, as in a float32 output."""
     tresnet = random_tresnet("tresnet_s")
 
     def detached(x):
@@ -2067,7 +2069,7 @@ def test_gradient_error_is_near_1_for_wrong_networks_and_nan_for_random_ones():
         return torch.where(x > 2, (0 * x).sqrt(), x)
 
     assert pgd_attack.gradient_error(square_root, photo_like(1, 8)) == np.inf
-    for model in (F.dropout, flat):
+    for model in (F.dropout, flat, torch.Tensor.float):
         assert np.isnan(pgd_attack.gradient_error(model, photo_like(1, 8)))
 
 
