@@ -65,17 +65,8 @@ HEAD_LR_FACTOR = 10  # times --lr, while only the last layer is trained
 EVALUATIONS = 5  # per training run
 SAVE_EVERY = 200  # steps
 # what a training run depends on
-MUST_MATCH = (
-    "dataset",
-    "arch",
-    "image_size",
-    "epochs",
-    "batch_size",
-    "lr",
-    "limit",
-    "seed",
-)
-MUST_MATCH += ("weights",)
+MUST_MATCH = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr")
+MUST_MATCH += ("limit", "seed", "weights")
 COCO_DETECTOR = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 

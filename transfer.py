@@ -623,9 +623,8 @@ def main(argv=None):
         rows[name], predictions[name] = measure(
             least, start, labels, VARIANTS["original"], networks
         )
-        succeeded = (
-            (least != start).flatten(1).any(1)
-        )  # the others failed, or needed no change
+        # the others failed, or needed no change
+        succeeded = (least != start).flatten(1).any(1)
         for name, row in rows.items():
             row["l2_over_cw"] = None
             if succeeded.any():
