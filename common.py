@@ -91,7 +91,9 @@ def number(kind, least, most=1_000_000_000):
 
 def parser(script, description, out, datasets, dataset_help, limit_help):
     """An argparse parser with the flags of every script; the first data set is the default."""
-    p = argparse.ArgumentParser(script, None, description, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(
+        script, description=description, formatter_class=HelpFormatter
+    )
     p.set_defaults(script=script)
     add = p.add_argument
     add("--data", default="data", help="folder of data sets and weights")
@@ -268,7 +270,7 @@ def print_table(head, rows):
 
 def write_results(args, device, numbers, **facts):
     """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
-    folder = os.path.dirname(__file__)
+    folder = Path(__file__).parent
     failed, git = subprocess.getstatusoutput(
         f'git -C "{folder}" describe --always --dirty 2>{os.devnull}'
     )

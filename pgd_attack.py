@@ -511,7 +511,7 @@ class Row(NamedTuple):
     """An attack: a row of a week's table."""
 
     name: str
-    # one of LOSSES, or of week 4's; None: uniform noise of size eps (week 4: clipping alone)
+    # one of LOSSES, or of week 4's, or ROTATED; None: noise of size eps (week 4: clipping alone)
     loss: str | None
     eps: float
     gradient: str = "right"
@@ -522,6 +522,8 @@ class Row(NamedTuple):
     skipped: int | None = None  # how many derivatives INPLACE_ABN skips; None: all
 
 
+# a control: the first row's change, rotated by 180 degrees, is as large, but aimed at nothing
+ROTATED = "rotated"
 WEEK_3 = (
     # logged on 11 June, 17 minutes before the entry was written
     Row("bce-inplace-abn", "bce", 0.6, INPLACE_ABN),
@@ -530,6 +532,7 @@ WEEK_3 = (
     Row("softmax-ce-inplace-abn", "softmax-ce", 0.6, INPLACE_ABN),
     Row("softmax-ce", "softmax-ce", 0.6),
     Row("noise", None, 80 / 255),  # as far as 40 steps of 2/255 can go
+    Row("rotated", ROTATED, 0.6, INPLACE_ABN),
 )
 WEEK_5 = (
     Row("softmax-bce-inplace-abn", "softmax-bce", 0.3, INPLACE_ABN),  # as logged
@@ -539,6 +542,7 @@ WEEK_5 = (
     Row("bce", "bce", 0.3),
     Row("softmax-ce-inplace-abn", "softmax-ce", 0.3, INPLACE_ABN),
     Row("softmax-ce", "softmax-ce", 0.3),
+    Row("rotated", ROTATED, 0.3, INPLACE_ABN),
 )
 WEEK_4 = (  # see `attack_top_class`
     Row("clipping-alone", None, 0.3, steps=0),
@@ -754,6 +758,10 @@ def count_labels(logits_before, logits_after, truth, task):
     lost = (before & ~after)[:, others].sum(1)
     numbers["others_lost"] = rate_over_photos(lost, before[:, others].sum(1))
     numbers["others_new"] = int((after & ~before)[:, others].sum())
+    if truth is not None:
+        correct = (before & (truth > 0))[:, others]
+        lost = (correct & ~after[:, others]).sum(1)
+        numbers["correct_lost"] = rate_over_photos(lost, correct.sum(1))
     return numbers
 
 
@@ -1105,29 +1113,34 @@ def check_gradients(network, rows, image):
 
 def print_report(rows, numbers, task):
     """Print, for labels, the log's six counts, and every attack's settings and numbers."""
-    counts = ["mean_sigmoid"]
-    rates = ["target_switched"]
+    settings = ["eps", "alpha", "steps", "rms_change"]
+    tables = [[*settings, "mean_sigmoid", "target_switched"]]
     if task.multi_label:
-        counts = ["target_after", "labels_after", "others_new"]
-        rates += ["exact", "others_lost"]
+        tables = [
+            [*settings, "target_after", "labels_after"],
+            ["target_switched", "exact"],
+            ["others_new", "others_lost", "correct_lost"],
+        ]
         shown = list(dict.fromkeys([rows[0].name, rows[-1].name]))
         lines = []
         for key in COUNTS:
             lines.append([key, *[numbers[name][key] for name in shown]])
         common.print_table([f"target: {task.names[task.target]}", *shown], lines)
         print()
-    for keys in (["eps", "alpha", "steps", *counts], rates):
+    for keys in tables:
         lines = []
         for row in rows:
             lines.append([row.name, *map(numbers[row.name].get, keys)])
         common.print_table(["attack", *keys], lines)
         print()
+    print("rms_change: root mean square of the change of an image's pixels, on average")
     rate = numbers[rows[0].name]["target_switched"]
     n = rate["n"] if rate else 0
     if task.multi_label:
         print(f"""target_switched: share of the {n} images whose target was to change, and did
 exact: share of the same images where, in addition, every other label is unchanged
-others_lost: share of the other labels predicted before that are lost, over all images""")
+others_lost: share of the other labels predicted before that are lost, over all images
+correct_lost: the same for those of these labels that are correct""")
     else:
         print(f"target_switched: share of {n} images of other classes that became it")
 
@@ -1153,6 +1166,7 @@ class Outcome(NamedTuple):
 
     logits: torch.Tensor  # (N, L)
     cosines: torch.Tensor  # (N,), of --dose
+    rms: torch.Tensor  # (N,), the root mean square of the change of an image's pixels
     pixels: torch.Tensor  # of the first K images, uint8 (K, C, S, S)
 
     def keep(self, batch, images, logits):
@@ -1198,6 +1212,7 @@ def report(args, device, world, subject, rows, outcomes, record):
     for row in rows:
         after = outcomes[row.name].logits
         numbers = count_labels(before, after, subject.truth, task)
+        numbers["rms_change"] = outcomes[row.name].rms.mean().item()
         record["rows"][row.name] = {**row._asdict(), **numbers}
     if subject.truth is not None and task.multi_label:
         ap = asl_model.average_precision(before.numpy(), subject.truth.numpy())
@@ -1260,7 +1275,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
     for name in networks:
         logits = torch.zeros(total, len(subject.task.names))
         pixels = torch.zeros(shape, dtype=torch.uint8)
-        outcomes[name] = Outcome(logits, torch.zeros(total), pixels)
+        outcomes[name] = Outcome(logits, torch.zeros(total), torch.zeros(total), pixels)
 
     batches = torch.arange(total).split(args.batch_size)[rank::world]
     batches = [batch.tolist() for batch in batches]
@@ -1280,6 +1295,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
         outcomes["clean"].keep(batch, images, before)
         if args.dose:
             right = week_5_gradient(subject.network, images, before, subject.task)
+        first_change = None
         for i, row in enumerate(rows):
             network = networks[row.name]
             outcome = outcomes[row.name]
@@ -1290,8 +1306,14 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
             attack = attack_labels
             if not subject.task.multi_label and row.loss not in LOSSES:
                 attack = attack_top_class
-            moved = attack(network, images, before, row, subject.task)
+            if row.loss == ROTATED:
+                moved = (images + first_change.rot90(2, (2, 3))).clamp(0, 1)
+            else:
+                moved = attack(network, images, before, row, subject.task)
             outcome.keep(batch, moved, logits_of(subject.network, moved))
+            outcome.rms[batch] = (moved - images).square().mean((1, 2, 3)).sqrt().cpu()
+            if i == 0:
+                first_change = moved - images
             bar.update()
     bar.close()
     if world > 1:

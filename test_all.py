@@ -2183,6 +2183,7 @@ def test_labels_are_wanted_and_counted_as_numpy_does(direction):
     assert pgd_attack.wanted_labels(logits, task).tolist() == wanted.tolist()
     numbers = pgd_attack.count_labels(logits, logits_after, truth, task)
     others = [0, 1, 2, 4, 5]
+    correct = (before & truth.numpy().astype(bool))[:, others]
     old = before[:, others]
     new = after[:, others]
     lost = (old & ~new).sum(1)
@@ -2194,6 +2195,8 @@ def test_labels_are_wanted_and_counted_as_numpy_does(direction):
     assert numbers["exact"] == common.wilson(exact.sum(), n)
     assert numbers["others_lost"]["rate"] == pytest.approx(lost.sum() / old.sum())
     assert numbers["others_new"] == won.sum()
+    wronged = (correct & ~new).sum()
+    assert numbers["correct_lost"]["rate"] == pytest.approx(wronged / correct.sum())
     assert numbers["labels_ratio"]["rate"] == pytest.approx(after.sum() / before.sum())
     assert numbers["target_ratio"]["rate"] == pytest.approx(after[:, 3].sum() / on.sum())
     for when, labels in {"actual": truth, "before": before, "after": after}.items():
@@ -2237,13 +2240,16 @@ def test_the_rows_of_weeks_3_and_5_are_those_on_record():
             record["WEEK_3"].add((loss, gradient, 0.6))
             record["WEEK_5"].add((loss, gradient, 0.3))
         record["WEEK_5"].add(("softmax-bce", gradient, 0.3))
+    record["WEEK_3"].add((pgd_attack.ROTATED, pgd_attack.INPLACE_ABN, 0.6))
+    record["WEEK_5"].add((pgd_attack.ROTATED, pgd_attack.INPLACE_ABN, 0.3))
     for week, settings in record.items():
         rows = getattr(pgd_attack, week)
         assert {(row.loss, row.gradient, row.eps) for row in rows} == settings
         assert len({row.name for row in rows}) == len(rows) == len(settings)
         for row in rows:
             assert (row.alpha, row.steps, row.early_stop) == (2 / 255, 40, False)
-            assert row.name.endswith("-inplace-abn") == (row.gradient != "right")
+            is_wrong = row.gradient != "right"
+            assert row.name.endswith(("-inplace-abn", "rotated")) == is_wrong
 
 
 SCENES_ATTACK = {"dataset": "scenes", "target": "8", "eps": 0.1, "direction": "flip"}
@@ -2385,6 +2391,14 @@ def test_the_arrays_are_what_the_network_saw_and_said(week5, attackable, data):
         change = (adversarial.int() - clean.int()).abs().max() / 255
         assert change <= numbers["eps"] + 1 / 255
         assert difference(network(adversarial / 255), after) < 0.1
+
+
+def test_the_control_is_the_logged_attacks_change_upside_down(week5):
+    clean = week5.arrays["clean"].astype(int)
+    change = week5.arrays["adversarial-softmax-bce-inplace-abn"] - clean
+    rotated = (clean + change[:, :, ::-1, ::-1]).clip(0, 255)
+    assert np.abs(week5.arrays["adversarial-rotated"] - rotated).max() <= 2
+    assert np.abs(change).max() > 25
 
 
 def test_both_gradients_are_checked_and_attack_differently(week5):
@@ -2537,7 +2551,7 @@ def test_four_processes_share_three_batches(monkeypatch):
     for name, outcome in whole.items():
         for i, tensor in enumerate(outcome):
             assert torch.equal(sum(part[name][i] for part in parts), tensor)
-    assert pgd_attack.dist.all_reduce.call_count == 4 * 2 * 3
+    assert pgd_attack.dist.all_reduce.call_count == 4 * 2 * 4
 
 
 def test_two_of_torchruns_processes_give_the_table_of_one(
@@ -2588,9 +2602,14 @@ def test_the_png_of_a_photo_does_what_was_asked(
     pgd_attack.main([*flags, "--eps", "1e-6", "--steps", "1", "--force"])
     assert "the 8-bit image misses the goal" in capsys.readouterr().out
     monkeypatch.setattr(pgd_attack, "rows_of", short_rows)
-    pgd_attack.main([*flags, "--week", "3", "--force"])
+    record = pgd_attack.main([*flags, "--week", "3", "--force"])
     shown = re.findall("^([\\w-]+): ", capsys.readouterr().out, re.M)
-    assert shown[-7:] == ["clean", *(row.name for row in pgd_attack.WEEK_3), "margin"]
+    assert shown[-8:] == ["clean", *(row.name for row in pgd_attack.WEEK_3), "margin"]
+    arrays = np.load(tmp_path / "adversarial.npz")
+    for name, numbers in record["rows"].items():
+        change = arrays[f"adversarial-{name}"] / 255 - arrays["clean"] / 255
+        rms = np.square(change).mean() ** 0.5
+        assert numbers["rms_change"] == pytest.approx(rms, abs=1 / 255)
 
 
 OWN = """
