@@ -849,18 +849,21 @@ def test_every_column_measures_what_its_name_says():
     moved = images.clone()
     moved[:, :, 0, 0] = 0.5
     networks = Mock()
-    networks.target.return_value = torch.eye(10)[[7, 2, 7, 7, 7]]
+    answers = {0.5: [7, 2, 7, 7, 7], 0.0: [7, 1, 2, 6, 7]}  # by the first pixel
+    networks.target = lambda x: torch.eye(10)[answers[x[0, 0, 0, 0].item()]]
+    networks.critic = lambda x: (x[:, 0, 0, 0] + torch.arange(5), None)
     networks.judge.return_value = torch.eye(10)[[0, 2, 2, 3, 4]]
     networks.pgd_judge.return_value = torch.eye(10)[[0, 1, 1, 1, 4]]
     labels = torch.tensor([0, 1, 2, 6, 7])  # the last is the wanted class already
     variant = transfer.Variant("untrained", {}, wanted=7)
     row, classes = transfer.measure(moved, images, labels, variant, networks)
     assert classes["predicted"].tolist() == [7, 2, 7, 7, 7]
-    hits = {"target_fooled": 3, "judge_reads_y": 2, "both": 2}
+    hits = {"fooled_before": 1, "target_fooled": 3, "judge_reads_y": 2, "both": 2}
     hits.update(pgd_judge_reads_y=2, both_by_pgd_judge=1)
     for name, n in hits.items():
         assert row[name] == common.wilson(n, 4), name
     assert row["l2"] == row["linf"] == 0.5
+    assert row["critic"] == 2.5, "of the digits themselves"
 
 
 def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, capsys):
@@ -2514,7 +2517,7 @@ def test_the_figure_shows_an_image_that_the_attack_is_to_change(direction):
     """Of a black one, which lacks the target, and a white one, which has it."""
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
     logits = torch.tensor([[-1.0], [1.0]])
-    outcome = pgd_attack.Outcome(logits, torch.zeros(2), pixels)
+    outcome = pgd_attack.Outcome(logits, torch.zeros(2), torch.zeros(2), pixels)
     outcomes = {"clean": outcome, "margin": outcome}
     task = pgd_attack.Task(["cat"], 0, direction, 0.5)
     rows = [pgd_attack.Row("margin", "margin", 0.1)]

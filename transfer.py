@@ -448,13 +448,15 @@ def measure(images, original, labels, variant, networks):
     that are wanted, and that the target and the judges predict. original: week 1's images of the
     same latents."""
     wanted = wanted_classes(variant, labels)
-    predicted = classify(getattr(networks, variant.target), images)
+    target = getattr(networks, variant.target)
+    predicted = classify(target, images)
     judge = classify(networks.judge, images)
     pgd_judge = classify(networks.pgd_judge, images)
     fooled = predicted == wanted
     judge_reads_y = judge == labels
     pgd_judge_reads_y = pgd_judge == labels
     hits = {
+        "fooled_before": classify(target, original) == wanted,
         "target_fooled": fooled,
         "judge_reads_y": judge_reads_y,
         "both": fooled & judge_reads_y,
@@ -465,6 +467,8 @@ def measure(images, original, labels, variant, networks):
     row = {}
     for name, hit in hits.items():
         row[name] = common.wilson(hit[counted].sum(), counted.sum())
+    scores = acwgan.predict(lambda batch: networks.critic(batch)[0], images)
+    row["critic"] = scores.mean().item()
     change = (images - original)[counted]
     row["l2"] = mean_l2(change)
     row["linf"] = change.abs().flatten(1).amax(1).mean().item()
@@ -473,11 +477,11 @@ def measure(images, original, labels, variant, networks):
 
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
-GREEN = "Green: target fooled; both judges (robust classifiers) read the digit."
+GREEN = "Green: target fooled; both judges, who must name a digit, see the right one."
 PAGES = {  # the caption and the rows of each
     "synthetic-adversarial-framework": (
         "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
-        f"scratch: the critic is frozen; scratch-live: it keeps training. {GREEN}",
+        f"scratch: frozen critic; scratch-live: it trains. {GREEN}",
         ["scratch", "scratch-live"],
     ),
     "synthetic-adversarial-framework-with-fid": (
@@ -486,7 +490,7 @@ PAGES = {  # the caption and the rows of each
     ),
     "closest": (
         f"Ours and Carlini & Wagner's search: {NEXT}\n"
-        f"{GREEN} Changes: black = darker, white = brighter.",
+        f"{GREEN} Changes: -0.5 is black, 0.5 white.",
         ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"],
     ),
 }
@@ -502,7 +506,7 @@ def write_predictions(ink, top, classes):
         ink.text((x, top), f"target: {predicted}", colour, small)
         judges = [classes["judge"][y], classes["pgd_judge"][y]]
         colour = "green" if judges == [y, y] else "firebrick"
-        ink.text((x, top + 15), "judges: {} {}".format(*judges), colour, small)
+        ink.text((x, top + 15), "judges: {}, {}".format(*judges), colour, small)
 
 
 def write_figures(out, drawn, predictions):
@@ -532,11 +536,12 @@ def write_figures(out, drawn, predictions):
 
 
 COLUMNS = {
+    "before": "fooled_before",
     "fooled": "target_fooled",
     "judge": "judge_reads_y",
     "both": "both",
-    "pgd_judge": "pgd_judge_reads_y",
-    "both (pgd)": "both_by_pgd_judge",
+    "pgd": "pgd_judge_reads_y",
+    "pgd both": "both_by_pgd_judge",
 }
 
 
@@ -551,9 +556,11 @@ fewer than half of these learnt from too few digits (--limit), and its answers m
     print("""
 Each row draws digits of a class y, which the target should take for the next class, y + 1; in
 scratch and scratch-live, an untrained classifier should take them for 7. In % of n digits:
-  fooled             the classifier does so
-  judge, pgd_judge   this judge answers y; whether a person would was not measured
-  both, both (pgd)   the target is fooled, and this judge still answers y: the aim
+  before             the classifier does so for week 1's digits of the same latents: a baseline
+  fooled             it does so for these digits
+  judge, pgd         judge or pgd_judge answers y; whether a person would was not measured
+  both, pgd both     the target is fooled, and this judge still answers y: the aim
+critic: the mean score of week 1's critic, which is higher for digits that seem real to it.
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
 least L2 change that fools the target; L2/C&W: L2 relative to that search's, on the same digits.
 """)
@@ -561,8 +568,10 @@ least L2 change that fools the target; L2/C&W: L2 relative to that search's, on 
     for name, row in rows.items():
         rates = [100 * row[key]["rate"] for key in COLUMNS.values()]
         n = row["both"]["n"]
-        lines.append([name, n, *rates, row["l2"], row["l2_over_cw"], row["linf"]])
-    common.print_table(["row", "n", *COLUMNS, "L2", "L2/C&W", "L-inf"], lines)
+        score = round(row["critic"], 2)
+        lines.append([name, n, *rates, score, row["l2"], row["l2_over_cw"], row["linf"]])
+    head = ["row", "n", *COLUMNS, "critic", "L2", "L2/C&W", "L-inf"]
+    common.print_table(head, lines)
 
 
 def main(argv=None):
