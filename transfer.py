@@ -560,17 +560,17 @@ scratch and scratch-live, an untrained classifier should take them for 7. In % o
   fooled             it does so for these digits
   judge, pgd         judge or pgd_judge answers y; whether a person would was not measured
   both, pgd both     the target is fooled, and this judge still answers y: the aim
-critic: the mean score of week 1's critic, which is higher for digits that seem real to it.
+score: by week 1's critic, on average; it is higher for digits that seem real to the critic.
 L2, L-inf: how far a digit is from week 1's original, on average. carlini-wagner: a search for the
 least L2 change that fools the target; L2/C&W: L2 relative to that search's, on the same digits.
 """)
     lines = []
     for name, row in rows.items():
-        rates = [100 * row[key]["rate"] for key in COLUMNS.values()]
+        rates = [round(100 * row[key]["rate"], 1) for key in COLUMNS.values()]
         n = row["both"]["n"]
         score = round(row["critic"], 2)
         lines.append([name, n, *rates, score, row["l2"], row["l2_over_cw"], row["linf"]])
-    head = ["row", "n", *COLUMNS, "critic", "L2", "L2/C&W", "L-inf"]
+    head = ["row", "n", *COLUMNS, "score", "L2", "L2/C&W", "L-inf"]
     common.print_table(head, lines)
 
 
