@@ -1044,7 +1044,7 @@ def plot_dose(title, skipped, curves):
     ink.text(
         (50, 434),
         "activation derivatives skipped, counted from the input (not to scale);\n"
-        f"0: the right gradient; {skipped[-1]}: all, as in inplace_abn 1.0.12",
+        f"0: the right gradient; {skipped[-1]}: all, imitating inplace_abn 1.0.12",
         "black",
     )
     xs = np.linspace(50, 580, len(skipped))

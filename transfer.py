@@ -477,7 +477,7 @@ def measure(images, original, labels, variant, networks):
 
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
-GREEN = "Green: target fooled; both judges, who must name a digit, see the right one."
+GREEN = "Green target: fooled. Green judges: both right (they always name a digit)."
 PAGES = {  # the caption and the rows of each
     "synthetic-adversarial-framework": (
         "Approach 1: digits 0 to 9; an untrained target should say 7 (column 7 is not counted).\n"
@@ -489,8 +489,7 @@ PAGES = {  # the caption and the rows of each
         [name for name in VARIANTS if "scratch" not in name],
     ),
     "closest": (
-        f"Ours and Carlini & Wagner's search: {NEXT}\n"
-        f"{GREEN} Changes: -0.5 is black, 0.5 white.",
+        f"Ours and Carlini & Wagner's search: {NEXT}\n{GREEN} Changes: from -0.5 to 0.5.",
         ["original", "ours", "ours: change", "carlini-wagner", "carlini-wagner: change"],
     ),
 }
