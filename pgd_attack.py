@@ -1027,11 +1027,11 @@ def dose_curves(numbers, cosines, target):
     noise = labels.pop()  # the last row
     curves = {
         "cosine of the first step's gradient with the right one": cosines,
-        "all labels after the attack / before (below 1: labels are lost)": labels,
+        "all labels after week 5's attack / before (below 1: labels are lost)": labels,
         "all labels after noise / before": [noise] * len(labels),
     }
     if before["target_before"]:
-        curves[f"{target} after the attack / before"] = targets[:-1]
+        curves[f"{target} after week 5's attack / before"] = targets[:-1]
     return curves
 
 
