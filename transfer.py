@@ -567,8 +567,10 @@ least L2 change that fools the target; L2/C&W: L2 relative to that search's, on 
     for name, row in rows.items():
         rates = [round(100 * row[key]["rate"], 1) for key in COLUMNS.values()]
         n = row["both"]["n"]
-        score = round(row["critic"], 2)
-        lines.append([name, n, *rates, score, row["l2"], row["l2_over_cw"], row["linf"]])
+        numbers = [row["critic"], row["l2"], row["l2_over_cw"], row["linf"]]
+        # to 2 decimals, so that a line fits into 100 columns
+        rounded = [x if x is None else round(x, 2) for x in numbers]
+        lines.append([name, n, *rates, *rounded])
     head = ["row", "n", *COLUMNS, "score", "L2", "L2/C&W", "L-inf"]
     common.print_table(head, lines)
 
