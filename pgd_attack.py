@@ -1137,12 +1137,14 @@ def print_report(rows, numbers, task):
     rate = numbers[rows[0].name]["target_switched"]
     n = rate["n"] if rate else 0
     if task.multi_label:
-        print(f"""target_switched: share of the {n} images whose target was to change, and did
+        print(f"""target_switched: share of the images whose target was to change (n = {n}), and did
 exact: share of the same images where, in addition, every other label is unchanged
 others_lost: share of the other labels predicted before that are lost, over all images
 correct_lost: the same for those of these labels that are correct""")
     else:
-        print(f"target_switched: share of {n} images of other classes that became it")
+        print(
+            f"target_switched: share of images of other classes (n = {n}) that became it"
+        )
 
 
 def print_photo(network, outcomes, task, device):
@@ -1303,13 +1305,12 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
                 used = week_5_gradient(network, images, before, subject.task)
                 outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
             torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], i))
-            attack = attack_labels
-            if not subject.task.multi_label and row.loss not in LOSSES:
-                attack = attack_top_class
             if row.loss == ROTATED:
                 moved = (images + first_change.rot90(2, (2, 3))).clamp(0, 1)
+            elif subject.task.multi_label or row.loss in LOSSES:
+                moved = attack_labels(network, images, before, row, subject.task)
             else:
-                moved = attack(network, images, before, row, subject.task)
+                moved = attack_top_class(network, images, before, row, subject.task)
             outcome.keep(batch, moved, logits_of(subject.network, moved))
             outcome.rms[batch] = (moved - images).square().mean((1, 2, 3)).sqrt().cpu()
             if i == 0:
