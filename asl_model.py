@@ -753,6 +753,7 @@ def train(args, device, names):
     )
     batches = training_batches(args, images, labels, done)
     n = args.batch_size
+    diverged = Failure(f"the training diverged; lower --lr {args.lr}")
     bar = common.progress(
         batches, "training, in images", total, initial=done, unit_scale=n
     )
@@ -773,6 +774,8 @@ def train(args, device, names):
         is_evaluated = step * EVALUATIONS % total < EVALUATIONS
         if is_evaluated:
             logits = predict(average, held_out, device, n)
+            if not np.isfinite(logits).all():
+                raise diverged
             mean_ap = average_precision(logits, truth.numpy()).mean().item()
             entry = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
             history.append(entry)
@@ -783,7 +786,7 @@ def train(args, device, names):
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
             if not common.is_finite(checkpoint):
-                raise Failure(f"the training diverged; lower --lr {args.lr}")
+                raise diverged
             common.save(path, checkpoint)
     for name in parts:
         del checkpoint[name]

@@ -72,7 +72,6 @@ WARM_UP = 50  # steps in which a scheduled learning rate rises at first
 RISE = 0.7  # share of the steps in which a scheduled weight rises
 TARGET_MARGIN = 1.5  # by which the wanted class should lead, see "adversarial hinge"
 ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust hinge"
-LARGEST_CHANGE = 0.85  # of a pixel, by `ours`
 BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that keeps training
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
@@ -185,8 +184,8 @@ class Refiner(nn.Module):
         classes = self.classes(F.one_hot(labels, CLASSES).float())
         fine = self.encoder(maps + classes[:, :, None, None])
         residual = F.pixel_shuffle(self.decoder(fine + self.coarse(fine)), 2).float()
-        residual = residual.clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
-        return (images + residual).clamp(0, 1)
+        # softsign, x / (1 + |x|), bounds a pixel's change; unlike clamp, it always has a gradient
+        return (images + F.softsign(residual)).clamp(0, 1)
 
 
 def load_week_1(path, dataset, device=None):
@@ -591,7 +590,6 @@ def main(argv=None):
             batch_size=BATCH_SIZE,
             target_margin=TARGET_MARGIN,
             robust_margin=ROBUST_MARGIN,
-            largest_change=LARGEST_CHANGE,
             seed=args.seed,
             steps=args.steps,
         )
