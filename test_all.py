@@ -2589,37 +2589,6 @@ def test_two_of_torchruns_processes_give_the_table_of_one(
     assert re.search(r"^labels_actual +\d+$", process.stdout, re.M)
 
 
-def test_the_png_of_a_photo_does_what_was_asked(
-    attackable, data, tmp_path, capsys, monkeypatch
-):
-    scenes, _ = asl_model.load_scenes(1, 32, 0, "mnist", data, "test")
-    clean = (scenes[0] * 255).round() / 255
-    torchvision.utils.save_image(clean, tmp_path / "photo.png")
-    flags = f"--device cpu --data {data} --weights {attackable.path} --target 3".split()
-    flags += ["--image", str(tmp_path / "photo.png"), "--out", str(tmp_path)]
-    pgd_attack.main([*flags, "--eps", "0.3"])
-    printed = capsys.readouterr().out
-    pixels = np.array(Image.open(tmp_path / "photo-adversarial.png"))
-    adversarial = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    network, _ = asl_model.load_asl(attackable.path)
-    before, after = network(torch.stack([clean, adversarial])) > 0
-    assert (before != after).nonzero().flatten().tolist() == [3]
-    (line,) = re.findall("^margin: (.*)", printed, re.M)
-    assert re.search("[+-]3 ", line)
-    assert "misses the goal" not in printed
-    pgd_attack.main([*flags, "--eps", "1e-6", "--steps", "1", "--force"])
-    assert "the 8-bit image misses the goal" in capsys.readouterr().out
-    monkeypatch.setattr(pgd_attack, "rows_of", short_rows)
-    record = pgd_attack.main([*flags, "--week", "3", "--force"])
-    shown = re.findall("^([\\w-]+): ", capsys.readouterr().out, re.M)
-    assert shown[-8:] == ["clean", *(row.name for row in pgd_attack.WEEK_3), "margin"]
-    arrays = np.load(tmp_path / "adversarial.npz")
-    for name, numbers in record["rows"].items():
-        change = arrays[f"adversarial-{name}"] / 255 - arrays["clean"] / 255
-        rms = np.square(change).mean() ** 0.5
-        assert numbers["rms_change"] == pytest.approx(rms, abs=1 / 255)
-
-
 OWN = """
 import torch
 from torch import nn
@@ -2636,10 +2605,16 @@ class Locked(nn.Module):
     def forward(self, x):
         return self.after(self.layers(self.before(x.sub_(0.5))))
 
+class Grid(nn.Module):
+    def forward(self, x):
+        cells = nn.functional.adaptive_avg_pool2d(x, (8, 10)).mean(1)
+        return 20 * (cells.flatten(1) - 0.5)
+
 def scripted():
     return torch.jit.trace(Locked().layers, torch.rand(1, 3, 16, 16)), NAMES, 16
 
 load = lambda: (Locked(), NAMES, 16)
+grid = lambda: (Grid(), NAMES, 40)
 plain = lambda: (Locked().layers, NAMES, 16)
 half = lambda: (Locked().half(), NAMES, 16)
 frozen = lambda: (Locked(after=torch.no_grad()(lambda x: x * 2)), NAMES, 16)
@@ -2699,6 +2674,37 @@ def test_a_network_that_cannot_be_attacked_is_told_why(own, function, words, cod
     flags, path = own
     with refused(words, code=code):
         pgd_attack.main([*flags, f"{path}:{function}", "--target", "name 50"])
+
+
+def test_the_png_of_a_photo_does_what_was_asked(own, tmp_path, capsys, monkeypatch):
+    """By a network whose labels are the cells of a grid that are brighter than grey."""
+    flags, path = own
+    clean = torch.full((3, 40, 40), 77 / 255)
+    clean[:, :, 20:] = 179 / 255
+    torchvision.utils.save_image(clean, tmp_path / "photo.png")
+    flags += [f"{path}:grid", "--image", str(tmp_path / "photo.png")]
+    pgd_attack.main([*flags, "--eps", "0.3"])
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    pixels = np.array(Image.open(out / "photo-adversarial.png"))
+    cells = pixels.reshape(8, 5, 10, 4, 3).mean((1, 3, 4))
+    brighter = np.zeros((8, 10), bool)
+    brighter[:, 5:] = True
+    brighter[0, 0] = True  # the target
+    assert ((cells > 127.5) == brighter).all()
+    assert "+name 90 " in re.findall("^margin: (.*)", printed, re.M)[0]
+    assert "misses the goal" not in printed
+    pgd_attack.main([*flags, "--eps", "1e-6", "--steps", "1"])
+    assert "the 8-bit image misses the goal" in capsys.readouterr().out
+    monkeypatch.setattr(pgd_attack, "rows_of", short_rows)
+    record = pgd_attack.main([*flags, "--week", "3"])
+    shown = re.findall("^([\\w-]+): ", capsys.readouterr().out, re.M)
+    assert shown[-8:] == ["clean", *(row.name for row in pgd_attack.WEEK_3), "margin"]
+    arrays = np.load(out / "adversarial.npz")
+    for name, numbers in record["rows"].items():
+        change = arrays[f"adversarial-{name}"] / 255 - arrays["clean"] / 255
+        rms = np.square(change).mean() ** 0.5
+        assert numbers["rms_change"] == pytest.approx(rms, abs=1 / 255)
 
 
 @pytest.mark.parametrize(
