@@ -371,9 +371,7 @@ def save_checkpoint(out, checkpoint, parts):
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
-    if not common.is_finite(checkpoint):
-        raise Failure("the training diverged; lower --critic-lr and --generator-lr")
-    common.save(out / "checkpoint.pt", checkpoint)
+    common.save(out / "checkpoint.pt", checkpoint, "--critic-lr and --generator-lr")
     history = checkpoint["history"]
     table = [list(row.values()) for row in history]
     with common.whole_file(out / "history.csv") as file:

@@ -401,7 +401,7 @@ def default_weights(dataset, data_dir, device):
 
 def state_dict_of(content, path="the checkpoint"):
     """The state dict in a checkpoint, wrapped or not; raises Failure for other contents."""
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "average"):  # the last: of an unfinished --train
         if isinstance(content.get(key), dict):
             content = content[key]
     state = {}
@@ -648,10 +648,12 @@ def training_batches(args, images, labels, done):
     """Yield (images, labels) of every step after the first `done`, the same after a resume."""
     per_epoch = len(labels) // args.batch_size
     batches = []
+    mirrored = []
     for epoch in range(args.epochs):
         stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
         order = torch.randperm(len(labels), generator=stream)
         batches += order.split(args.batch_size)[:per_epoch]
+        mirrored.append(torch.rand(len(labels), generator=stream) < 0.5)
     for step, batch in enumerate(read_batches(images, batches[done:]), done):
         rows = batches[step]
         if args.dataset == "coco":
@@ -660,8 +662,8 @@ def training_batches(args, images, labels, done):
             # a ResNet starts from learnt weights and trains for too few epochs to benefit
             if ARCHITECTURES[args.arch].blocks:
                 batch = augment(batch, seeds)
-            mirrored = torch.tensor(seeds) % 2 == 1
-            batch[mirrored] = batch[mirrored].flip(3)
+            flipped = mirrored[epoch][rows]
+            batch[flipped] = batch[flipped].flip(3)
         yield batch, labels[rows]
 
 
@@ -753,7 +755,6 @@ def train(args, device, names):
     )
     batches = training_batches(args, images, labels, done)
     n = args.batch_size
-    diverged = Failure(f"the training diverged; lower --lr {args.lr}")
     bar = common.progress(
         batches, "training, in images", total, initial=done, unit_scale=n
     )
@@ -775,7 +776,7 @@ def train(args, device, names):
         if is_evaluated:
             logits = predict(average, held_out, device, n)
             if not np.isfinite(logits).all():
-                raise diverged
+                raise Failure(f"the training diverged; lower --lr {args.lr}")
             mean_ap = average_precision(logits, truth.numpy()).mean().item()
             entry = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
             history.append(entry)
@@ -785,9 +786,7 @@ def train(args, device, names):
             checkpoint["steps"] = step
             for name, part in parts.items():
                 checkpoint[name] = part.state_dict()
-            if not common.is_finite(checkpoint):
-                raise diverged
-            common.save(path, checkpoint)
+            common.save(path, checkpoint, f"--lr {args.lr}")
     for name in parts:
         del checkpoint[name]
     weights_path = args.out / f"{args.arch}-{args.dataset}.pth"

@@ -192,8 +192,10 @@ def is_finite(content):
     return not isinstance(content, torch.Tensor) or content.isfinite().all()
 
 
-def save(path, content):
-    """Write `content` to `path` as torch.save does, but atomically."""
+def save(path, content, rates="its learning rate"):
+    """Write `content` to `path` as torch.save does, but atomically; Failure if it holds NaN."""
+    if not is_finite(content):
+        raise Failure(f"{path} was not written: the training diverged; lower {rates}")
     with whole_file(path) as file:
         torch.save(content, file)
 

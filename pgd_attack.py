@@ -471,7 +471,7 @@ def softmax_bce(logits, wanted, target=None, threshold=None):
     As torch computes it, with log(p) cut at -100; but torch refuses wanted values outside [0, 1],
     such as the raw logits that the log's week 4 used as the wanted values.
     """
-    p = logits.float().softmax(1)
+    p = logits.softmax(1)
     with torch.no_grad():
         log_p = p.log().clamp(min=-100)
         log_1_p = (1 - p).log().clamp(min=-100)
@@ -634,17 +634,20 @@ def logits_of(network, images):
 def attack_labels(network, images, logits, row, task):
     """`row`'s attack on images (N, C, S, S) in [0, 1] of logits (N, L); returns images.
 
-    A restart continues a failed attack from where it is, with momentum and half the last step size;
-    failure is judged in float32.
+    A restart continues a failed attack from where it is, with momentum and half the last step size.
+    Failure is judged in float32, so restarts also compute in float32: an image that fails there may
+    have reached its goal in bfloat16, and would never move again.
     """
     if row.loss is None:
         return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
     wanted = wanted_labels(logits, task)
 
+    # In bfloat16, a softmax near 1 rounds to 1, and the gradient of its logarithm to 0.
     def loss(logits, wanted):
-        return LOSSES[row.loss](logits, wanted, task.target, task.threshold)
+        return LOSSES[row.loss](logits.float(), wanted, task.target, task.threshold)
 
     def done(logits, wanted):
+        logits = logits.float()
         if task.multi_label:
             return (distance_past(logits, wanted, task.threshold) > SLACK).all(1)
         others = logits.masked_fill(wanted.bool(), -torch.inf).amax(1)
@@ -653,7 +656,8 @@ def attack_labels(network, images, logits, row, task):
     result = images.clone()
     remaining = torch.arange(len(images), device=images.device)
     for attempt in range(1 + row.restarts):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=task.bf16):
+        bf16 = task.bf16 and attempt == 0
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             adversarial = pgd(
                 network,
                 images[remaining],
@@ -724,9 +728,12 @@ def rate_over_photos(hits, totals):
         if total > 0:
             rates.append(hits[drawn].sum().item() / total)
     low, high = np.percentile(rates, (2.5, 97.5)).tolist()
+    # if every resample is 0, or 1, too: Wilson's bound for the photos that have any
+    photos = (totals > 0).sum()
     if hits.sum() == 0:
-        # every resample is 0, too: Wilson's bound for photos that have any
-        high = wilson(0, (totals > 0).sum())["high"]
+        high = wilson(0, photos)["high"]
+    elif torch.equal(hits, totals):
+        low = wilson(photos, photos)["low"]
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
 
@@ -1339,7 +1346,10 @@ def main(argv=None):
         atexit.register(dist.destroy_process_group)  # or the exit itself may abort
     if rank > 0:
         sys.stdout = io.StringIO()  # only the first process prints
-        dist.barrier()  # it also trains or downloads first, while the others wait
+        try:
+            dist.barrier()  # it also trains or downloads first, while the others wait
+        except RuntimeError:
+            sys.exit(1)  # it has failed, and has said why
     with folder:
         load = multi_label_subject
         if args.kind == "digits":

@@ -689,6 +689,17 @@ def test_a_training_of_other_settings_is_refused(gan_copy):
             week_1(gan_copy, f"{DIGITS} --average 0.5")
 
 
+def test_a_classifier_that_diverges_is_not_saved(tmp_path):
+    images = torch.rand(12, 1, 28, 28, generator=random_stream())
+    settings = {"seed": SEED, "epochs": 1, "lr": 1e20}
+    path = tmp_path / "classifier.pt"
+    with refused(path, "diverged", "its learning rate"):
+        network = acwgan.evaluation_network()
+        labels = torch.arange(12) % 10
+        acwgan.cached_classifier(path, network, images, labels, settings)
+    assert not path.exists()
+
+
 def test_what_stops_a_training_is_said_in_one_line(gan_copy):
     with held(gan_copy), refused(gan_copy, "another run"):
         week_1(gan_copy, DIGITS)
@@ -1728,6 +1739,23 @@ def test_resnets_see_photos_as_they_are_or_mirrored():
     assert 0 < sum(mirrored) < 32
 
 
+def test_a_photo_is_mirrored_in_half_of_the_epochs_whatever_it_was_before():
+    """The lowest bit of the seeds was once used: the same in most epochs, or the opposite."""
+    args = argparse.Namespace(dataset="coco", batch_size=500, epochs=4, seed=SEED)
+    args.arch = "resnet18"
+    images = torch.arange(2.0).expand(1000, 3, 1, 2).clone()
+    mirrored = torch.zeros(4, 1000)
+    for i, (batch, rows) in enumerate(
+        asl_model.training_batches(args, images, torch.arange(1000), 0)
+    ):
+        mirrored[i // 2, rows] = batch[:, 0, 0, 0]
+    assert (mirrored.mean(1) - 0.5).abs().max() < 0.1
+    for epoch in range(1, 4):
+        for earlier in range(epoch):
+            same = (mirrored[epoch] == mirrored[earlier]).float().mean()
+            assert abs(same - 0.5) < 0.1
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "tresnet_s"])
 def test_training_goes_on_from_weights_of_its_kind(tmp_path, arch):
     """The last layer too, if the labels are the same; else it starts anew."""
@@ -2137,7 +2165,7 @@ def test_restarts_go_on_with_what_is_left_at_half_the_step(monkeypatch):
     calls = []
 
     def attempt(network, images, wanted, loss, **settings):
-        calls.append(settings)
+        calls.append({**settings, "bf16": torch.is_autocast_enabled("cpu")})
         number = len(calls)
         succeed = {1: [True, False, False], 2: [True, False], 3: [False]}[number]
         assert len(succeed) == len(images) == len(wanted)
@@ -2164,6 +2192,26 @@ def test_restarts_go_on_with_what_is_left_at_half_the_step(monkeypatch):
     assert [call["alpha"] for call in calls] == [0.1, 0.05, 0.025]
     assert [call["momentum"] for call in calls] == [0, 0.75, 0.75]
     assert {(call["eps"], call["steps"]) for call in calls} == {(0.03, 8)}
+    assert [call["bf16"] for call in calls] == [True, False, False], (
+        "what is done in bfloat16 but not in float32 would never move again"
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_softmax_ce_raises_a_target_that_is_nearly_certain(bf16):
+    """In bfloat16, its probability is 1, so that its gradient would be 0."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 6))
+    with torch.no_grad():
+        network[1].weight.copy_(20 * torch.eye(6))
+        network[1].bias.fill_(-10)
+    images = torch.full((1, 1, 1, 6), 0.4)
+    images[..., 2] = 0.8
+    row = pgd_attack.Row("x", "softmax-ce", 0.1, alpha=0.02, steps=10)
+    task = labels_task(direction="on", bf16=bf16)
+    result = pgd_attack.attack_labels(network, images, network(images), row, task)
+    expected = torch.full_like(images, 0.3)
+    expected[..., 2] = 0.9
+    assert torch.allclose(result, expected, atol=1e-6)
 
 
 def test_noise_is_uniform_within_eps():
@@ -2235,6 +2283,9 @@ def test_rates_over_photos_resample_photos():
     rate = pgd_attack.rate_over_photos(0 * hits, totals)
     assert (rate["rate"], rate["low"]) == (0, 0)
     assert rate["high"] == common.wilson(0, 20)["high"], "no interval of width 0"
+    rate = pgd_attack.rate_over_photos(totals, totals)
+    assert (rate["rate"], rate["high"]) == (1, 1)
+    assert rate["low"] == common.wilson(20, 20)["low"], "no interval of width 0"
     # a sample without the one photo that has labels is left out
     one = torch.tensor([0, 0, 1, 0, 0])
     rate = pgd_attack.rate_over_photos(3 * one, 4 * one)

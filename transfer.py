@@ -184,7 +184,7 @@ class Refiner(nn.Module):
         classes = self.classes(F.one_hot(labels, CLASSES).float())
         fine = self.encoder(maps + classes[:, :, None, None])
         residual = F.pixel_shuffle(self.decoder(fine + self.coarse(fine)), 2).float()
-        # softsign, x / (1 + |x|), bounds a pixel's change; unlike clamp, it always has a gradient
+        # softsign, x / (1 + |x|), never loses its gradient; a clamp did, and training stopped
         return (images + F.softsign(residual)).clamp(0, 1)
 
 
@@ -590,6 +590,7 @@ def main(argv=None):
             batch_size=BATCH_SIZE,
             target_margin=TARGET_MARGIN,
             robust_margin=ROBUST_MARGIN,
+            largest_change=1,  # of a pixel, by the bound in `Refiner`
             seed=args.seed,
             steps=args.steps,
         )
