@@ -557,9 +557,9 @@ def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
     path = args.out / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
-    shape = {"latent": args.latent, "width": args.width, "image_size": args.image_size}
-    common.require_same(path, checkpoint["settings"], shape)
-    generator = Generator(**shape)
+    flags = {name: getattr(args, name) for name in MUST_MATCH if name != "seed"}
+    common.require_same(path, checkpoint["settings"], flags)
+    generator = Generator(args.latent, args.width, args.image_size)
     generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES
     if args.digit is not None:

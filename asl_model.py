@@ -134,6 +134,8 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
         p.error("one of --image, --evaluate, --train and --resume is required")
     if args.arch and not (args.train or args.weights):
         p.error("--arch goes with --train or --weights")
+    if (args.epochs or args.lr) and not args.train:
+        p.error("--epochs and --lr go with --train")
     if args.split and (args.dataset == "scenes" or args.train):
         p.error("--split goes with --evaluate --dataset coco")
     if args.image_size and args.image_size % 4:
@@ -564,7 +566,11 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     names = names or known
     unknown = set(names) ^ set(known)
     if unknown:
-        raise Failure(f"{dataset} or the network lacks the label {min(unknown)}", 2)
+        raise Failure(
+            f"the network's labels are not those of {dataset}: only one of them has "
+            f"{min(unknown)!r}",
+            2,
+        )
     return images, labels[:, [known.index(name) for name in names]], names, description
 
 

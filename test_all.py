@@ -737,6 +737,8 @@ def test_sample_draws_without_data_and_touches_no_other_file(gan_copy, monkeypat
     assert contents(gan_copy)["drawn.npz"] != before["samples.npz"]
     week_1(gan_copy, "--sample 20 --digit 0")
     assert np.load(gan_copy / "drawn.npz")["labels"].tolist() == [0] * 20
+    with refused(gan_copy / "checkpoint.pt", "epochs 2, not 99", code=2):
+        week_1(gan_copy, "--sample 20 --epochs 99")
 
 
 def test_evaluation_classifier_learns_no_held_out_digit(tmp_path, monkeypatch):
@@ -1542,7 +1544,7 @@ def test_every_20th_photo_is_held_out_whatever_the_limit(data):
         assert torch.equal(train[1], labels[1 : n + 1])
     reverse = asl_model.load_data("coco", data, 32, "train2017", names[::-1])
     assert torch.equal(reverse[1], labels.flip(1))
-    with refused("lacks the label", code=2):
+    with refused("only one of them has", code=2):
         asl_model.load_data("coco", data, 32, "val2017", [*names[1:], "yeti"])
 
 
@@ -1659,7 +1661,7 @@ def test_a_training_is_not_taken_for_one_of_other_photos(
     train, val = sorted(folder.iterdir())
     text = train.read_text()
     val.write_text(val.read_text().replace("name 60", "donut"))
-    with refused("lacks the label", code=2):
+    with refused("only one of them has", code=2):
         classifier(tmp_path, tmp_path / "new", TRAINED)
     train.write_text(text.replace("name 60", "donut"))
     with refused("class 54 name 60, not donut", "--force", code=2):
@@ -2969,7 +2971,8 @@ MISUSE = {
     acwgan: "--critic-lr nan, --limit 1.5, --seed -1, --dataset cifar, --digit 10, "
     "--colour, --out nowhere --resume, --out nowhere --sample 8",
     transfer: "--target 3, --variant best, --steps 0",
-    asl_model: "--train --evaluate, --train --arch resnet",
+    asl_model: "--train --evaluate, --train --arch resnet, --evaluate --lr 1, "
+    "--evaluate --epochs 3",
     pgd_attack: "--eps 8/0, --eps nan, --eps 1e999, --augment, --week 3 --sweep, "
     "--loss l2, --model digits --weights x.pth, --week 5 --loss bce, "
     "--sweep --restarts 3, --model asl --week 4, --image absent.jpg, "
