@@ -332,6 +332,7 @@ def train(args, checkpoint, images, labels):
     steps = range(first_step, total)
     if args.force:  # otherwise --resume would continue the old run
         (args.out / "checkpoint.pt").unlink(missing_ok=True)
+        (args.out / "results.json").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
         real = resize(images[batches[step]], args.image_size)
         y = labels[batches[step]]
@@ -371,11 +372,11 @@ def save_checkpoint(out, checkpoint, parts):
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     checkpoint["random"] = torch.get_rng_state()  # the CPU's, which all draws come from
-    common.save(out / "checkpoint.pt", checkpoint, "--critic-lr and --generator-lr")
     history = checkpoint["history"]
     table = [list(row.values()) for row in history]
     with common.whole_file(out / "history.csv") as file:
         np.savetxt(file, table, "%.8g", ",", header=",".join(history[0]), comments="")
+    common.save(out / "checkpoint.pt", checkpoint, "--critic-lr and --generator-lr")
 
 
 def resize(images, size):
@@ -577,7 +578,7 @@ def main(argv=None):
     device = common.pick_device(args.device)
     if args.sample:
         return draw(args, device)
-    with common.hold(args):
+    with common.hold(args, *MUST_MATCH):
         dataset, images, labels = common.load_digits(
             args.dataset, args.data, limit=args.limit, device=device
         )

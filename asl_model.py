@@ -680,6 +680,9 @@ def training_checkpoint(path, args):
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
+    finished = path.with_name(f"{args.arch}-{args.dataset}.pth")
+    if finished.exists() and not args.force:
+        raise Failure(f"{finished} exists; choose another --out, or add --force", 2)
     # --resume also restores these, unless they are given as flags
     settings = {
         **flags,

@@ -42,7 +42,10 @@ class Failure(Exception):
     """What went wrong, with which file or value, and what to do; `code` is the exit code."""
 
     def __init__(self, message, code=1):
-        super().__init__(" ".join(message.split())[:400])
+        text = " ".join(message.split())
+        if len(text) > 400:  # what to do stands at the end
+            text = f"{text[:200]} ... {text[-190:]}"
+        super().__init__(text)
         self.code = code
 
 
@@ -167,6 +170,8 @@ def hold(args, *must_match):
     with closing(lock):
         flags = {name: getattr(args, name) for name in ("script", *must_match)}
         require_same_record(args, flags)
+        for draft in folder.glob(".*.part"):  # of a run that was killed
+            draft.unlink()
         yield
 
 
@@ -518,7 +523,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
             text = zipfile.ZipFile(path).read(name)
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
-        names = dict(sorted((row["id"], row["name"]) for row in content["categories"]))
+        names = {row["id"]: str(row["name"]) for row in content["categories"]}
+        names = dict(sorted(names.items()))
         classes = list(dict.fromkeys(names.values()))  # equal names are one class
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))

@@ -94,8 +94,8 @@ def argument_parser():
         __doc__,
         None,
         ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto"),
-        "default: scenes; with --image, --weights or an own network coco; with --week 4 auto, "
-        "or imagenet",
+        "default: scenes; with --image, --weights or an own network coco; with --week 4 auto; "
+        "with a torchvision classifier imagenet",
         "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)",
     )
     p.set_defaults(dataset=None)
@@ -151,7 +151,8 @@ def argument_parser():
     add(
         "--direction",
         choices=("on", "off", "flip"),
-        help="how the target should change (default: flip; with --week or --dose: on)",
+        help="how the target should change (default: flip; with --week or --dose, and for "
+        "single-label classifiers: on)",
     )
     add("--loss", choices=LOSSES, help="loss of the attack (default: margin)")
     add(
@@ -408,8 +409,11 @@ def gradient_error(model, images, directions=4, step=1e-9):
         images = images.cpu()
     originals = {}
     if isinstance(model, nn.Module):
+        # the original might keep a float64 tensor that its first forward pass computes
+        with contextlib.suppress(Exception):  # not every network can be copied
+            model = copy.deepcopy(model)
         if no_float64:
-            model = copy.deepcopy(model).cpu()
+            model = model.cpu()
         for x in [*model.parameters(), *model.buffers()]:
             if x.is_floating_point():
                 originals[x] = x.data
@@ -664,7 +668,7 @@ def attack_labels(network, images, logits, row, task):
                 wanted[remaining],
                 loss,
                 eps=row.eps,
-                alpha=row.alpha / 2**attempt,
+                alpha=row.alpha * 0.5**attempt,
                 steps=row.steps,
                 early_stop=done if row.early_stop else False,
                 momentum=0.75 if attempt > 0 else 0,
@@ -1154,17 +1158,19 @@ correct_lost: the same for those of these labels that are correct""")
         )
 
 
-def print_photo(network, outcomes, task, device):
-    """Print the labels of --image before and after each attack, from its 8-bit pixels."""
+def photo_labels(network, outcomes, task, device):
+    """({"clean" or row: labels of --image, as in a figure}, whether the last row reached its goal).
+
+    Both are judged from the 8-bit pixels.
+    """
     before = outcomes["clean"].logits
+    labels = {}
     for name, outcome in outcomes.items():  # the last one is the corrected attack
         pixels = outcome.pixels.to(device).float() / 255
         after = logits_of(network, pixels).cpu()
-        words = [text for text, _ in captions(before[0], after[0], task)]
-        print(f"{name}: {', '.join(words) or 'no label'}")
+        labels[name] = [text for text, _ in captions(before[0], after[0], task)]
     wanted = wanted_labels(before, task).bool()
-    if not torch.equal(predicted_labels(after, task), wanted):
-        print("the 8-bit image misses the goal; a larger --eps may help")
+    return labels, torch.equal(predicted_labels(after, task), wanted)
 
 
 # --- the run
@@ -1249,6 +1255,9 @@ def report(args, device, world, subject, rows, outcomes, record):
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
         pictures[f"{args.image.stem}-adversarial"] = picture
+        labels, reached = photo_labels(subject.network, outcomes, task, device)
+        record["labels_of_8_bit_image"] = labels
+        record["8_bit_image_reaches_goal"] = reached
     for name, picture in pictures.items():
         with common.whole_file(args.out / f"{name}.png") as file:
             picture.save(file, "png")
@@ -1265,7 +1274,10 @@ def report(args, device, world, subject, rows, outcomes, record):
             text = f"{value:.1%}" if key == "mAP" else common.cell(value)
             print(f"{key} on these images: {text}")
     if args.image:
-        print_photo(subject.network, outcomes, task, device)
+        for name, texts in labels.items():
+            print(f"{name}: {', '.join(texts) or 'no label'}")
+        if not reached:
+            print("the 8-bit image misses the goal; a larger --eps may help")
     else:
         print_report(rows, record["rows"], task)
     print(f"{args.out} holds results.json, adversarial.npz, {', '.join(pictures)} (.png)")
@@ -1293,7 +1305,14 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
         total=len(rows) * len(batches),
         unit_scale=args.batch_size,
         disable=rank > 0,
+        miniters=0,
     )
+
+    def show_time(*_):
+        bar.update(0)
+
+    for network in set(networks.values()):  # a batch may take minutes
+        network.register_forward_hook(show_time)
     tensors = asl_model.read_batches(subject.images, batches)
     for batch, images in zip(batches, tensors, strict=True):
         if args.augment:

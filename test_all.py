@@ -179,6 +179,20 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_pat
             pass
 
 
+def test_what_a_killed_run_had_half_written_is_deleted(tmp_path):
+    for name in (".checkpoint.pt.123.part", "kept.part"):
+        (tmp_path / name).touch()
+    with held(tmp_path):
+        assert list(tmp_path.glob("*.part")) == [tmp_path / "kept.part"]
+
+
+def test_a_long_message_keeps_its_end_where_the_advice_is():
+    text = str(common.Failure("what went wrong: " + "x" * 900 + " do this"))
+    assert len(text) <= 400
+    assert text.startswith("what went wrong: xx")
+    assert text.endswith("xx do this")
+
+
 def test_a_folder_with_another_scripts_results_is_refused(tmp_path):
     path = tmp_path / "results.json"
     args = argparse.Namespace(out=tmp_path, force=False, script="x.py", samples=9)
@@ -420,6 +434,18 @@ def test_a_photo_is_turned_though_its_exif_is_bad(tmp_path):
     paths = [tmp_path / "stored.jpg", tmp_path / "tagged.jpg"]
     stored, tagged = common.Photos(paths, 16)[:]
     assert torch.equal(tagged, stored.rot90(-1, (1, 2)))
+
+
+def test_classes_of_coco_may_be_named_by_numbers(data, tmp_path):
+    name = "coco/annotations/instances_val2017.json"
+    content = json.loads((data / name).read_text())
+    for i, category in enumerate(content["categories"]):
+        category["name"] = i
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "coco" / "val2017").symlink_to(data / "coco" / "val2017")
+    names = asl_model.load_data("coco", tmp_path, 32, "val2017")[2]
+    assert sorted(names, key=int) == [str(i) for i in range(80)]
 
 
 def test_coco_is_downloaded_and_in_order(data, tmp_path, monkeypatch):
@@ -687,6 +713,9 @@ def test_a_training_of_other_settings_is_refused(gan_copy):
                 week_1(gan_copy, f"--resume --{setting}")
         with refused("not 0.5; choose", "--out", "--force", code=2):
             week_1(gan_copy, f"{DIGITS} --average 0.5")
+        (gan_copy / "checkpoint.pt").unlink()
+        with refused("results.json", "not 0.5; choose", code=2):
+            week_1(gan_copy, f"{DIGITS} --average 0.5")
 
 
 def test_a_classifier_that_diverges_is_not_saved(tmp_path):
@@ -705,9 +734,9 @@ def test_what_stops_a_training_is_said_in_one_line(gan_copy):
         week_1(gan_copy, DIGITS)
     with quick_week_1(save_every=1):
         with refused("11 images", code=2):
-            week_1(gan_copy, f"{DIGITS} --limit 11 --batch-size 4")
+            week_1(gan_copy / "few", f"{DIGITS} --limit 11 --batch-size 4")
         with refused("20 images", "--batch-size", code=2):
-            week_1(gan_copy, f"{DIGITS} --limit 20 --batch-size 32")
+            week_1(gan_copy / "few", f"{DIGITS} --limit 20 --batch-size 32")
         with refused("diverged", "--critic-lr", "--generator-lr"):
             week_1(gan_copy, f"{DIGITS} --force --critic-lr 1e9 --generator-lr 1e9")
     assert not (gan_copy / "checkpoint.pt").exists(), "the old one is not to be resumed"
@@ -1847,6 +1876,13 @@ def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkey
     assert (tmp_path / "results.json").read_text() == before
 
 
+def test_a_finished_network_is_not_overwritten_without_its_checkpoint(data, tmp_path):
+    path = tmp_path / "tresnet_s-coco.pth"
+    path.touch()
+    with refused(path, "--out", "--force", code=2):
+        classifier(data, tmp_path, SMALL)
+
+
 def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypatch):
     """Offline, glyphs have a folder of their own."""
     monkeypatch.chdir(tmp_path)
@@ -2119,6 +2155,20 @@ def test_gradient_error_leaves_a_half_network_as_it_was():
     for name, x in network.state_dict().items():
         assert x.dtype == state[name].dtype
         assert torch.equal(x, state[name])
+
+
+def test_gradient_error_leaves_nothing_behind_in_a_network_that_caches():
+    class Positions(nn.Module):
+        codes = None
+
+        def forward(self, x):
+            if self.codes is None:
+                self.codes = torch.linspace(0, 1, x.shape[-1]).to(x)
+            return F.linear((x * self.codes).flatten(1), torch.ones(3, 432).to(x))
+
+    network = Positions()
+    assert pgd_attack.gradient_error(network, photo_like(1, 12)) < 1e-3
+    assert network.codes is None
 
 
 def test_the_losses_are_their_formulas():
@@ -2749,6 +2799,9 @@ def test_the_png_of_a_photo_does_what_was_asked(own, tmp_path, capsys, monkeypat
     assert "misses the goal" not in printed
     pgd_attack.main([*flags, "--eps", "1e-6", "--steps", "1"])
     assert "the 8-bit image misses the goal" in capsys.readouterr().out
+    record = json.loads((out / "results.json").read_text())
+    assert not record["8_bit_image_reaches_goal"]
+    assert record["labels_of_8_bit_image"]["clean"][0].startswith("name 85 ")
     monkeypatch.setattr(pgd_attack, "rows_of", short_rows)
     record = pgd_attack.main([*flags, "--week", "3"])
     shown = re.findall("^([\\w-]+): ", capsys.readouterr().out, re.M)
@@ -2758,6 +2811,23 @@ def test_the_png_of_a_photo_does_what_was_asked(own, tmp_path, capsys, monkeypat
         change = arrays[f"adversarial-{name}"] / 255 - arrays["clean"] / 255
         rms = np.square(change).mean() ** 0.5
         assert numbers["rms_change"] == pytest.approx(rms, abs=1 / 255)
+
+
+def test_the_threshold_says_what_is_present_before_and_after(own, tmp_path):
+    """At 0.8, cells above 0.5 + ln(4) / 20 are present."""
+    flags, path = own
+    clean = torch.full((3, 40, 40), 140 / 255)
+    clean[:, :, 20:] = 179 / 255
+    torchvision.utils.save_image(clean, tmp_path / "photo.png")
+    flags += [f"{path}:grid", "--image", str(tmp_path / "photo.png")]
+    row = pgd_attack.main([*flags, "--threshold", "0.8"])["rows"]["margin"]
+    assert (row["labels_before"], row["labels_after"]) == (40, 41)
+    pixels = np.array(Image.open(tmp_path / "out" / "photo-adversarial.png"))
+    cells = pixels.reshape(8, 5, 10, 4, 3).mean((1, 3, 4)) / 255
+    present = np.zeros((8, 10), bool)
+    present[:, 5:] = True
+    present[0, 0] = True  # the target
+    assert ((cells > 0.5 + np.log(4) / 20) == present).all()
 
 
 @pytest.mark.parametrize(
