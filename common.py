@@ -42,10 +42,7 @@ class Failure(Exception):
     """What went wrong, with which file or value, and what to do; `code` is the exit code."""
 
     def __init__(self, message, code=1):
-        text = " ".join(message.split())
-        if len(text) > 400:  # what to do stands at the end
-            text = f"{text[:200]} ... {text[-190:]}"
-        super().__init__(text)
+        super().__init__(" ".join(message.split())[:1000])
         self.code = code
 
 
@@ -523,8 +520,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
             text = zipfile.ZipFile(path).read(name)
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
-        names = {row["id"]: str(row["name"]) for row in content["categories"]}
-        names = dict(sorted(names.items()))
+        categories = content["categories"]
+        names = dict(sorted((row["id"], str(row["name"])) for row in categories))
         classes = list(dict.fromkeys(names.values()))  # equal names are one class
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))

@@ -186,13 +186,6 @@ def test_what_a_killed_run_had_half_written_is_deleted(tmp_path):
         assert list(tmp_path.glob("*.part")) == [tmp_path / "kept.part"]
 
 
-def test_a_long_message_keeps_its_end_where_the_advice_is():
-    text = str(common.Failure("what went wrong: " + "x" * 900 + " do this"))
-    assert len(text) <= 400
-    assert text.startswith("what went wrong: xx")
-    assert text.endswith("xx do this")
-
-
 def test_a_folder_with_another_scripts_results_is_refused(tmp_path):
     path = tmp_path / "results.json"
     args = argparse.Namespace(out=tmp_path, force=False, script="x.py", samples=9)
