@@ -546,6 +546,10 @@ def test_gan_losses_match_a_critic_of_known_gradient():
     truth = {"wasserstein": wasserstein, "penalty": penalty, "auxiliary": auxiliary}
     torch.testing.assert_close(parts, truth)
     torch.testing.assert_close(loss, 3 * penalty + auxiliary - wasserstein)
+    torch.manual_seed(SEED)
+    loss, parts = acwgan.critic_loss(critic, real, labels, fake)
+    lambda_ten = 10 * parts["penalty"] + auxiliary - wasserstein  # the paper's
+    torch.testing.assert_close(loss, lambda_ten)
     loss = acwgan.generator_loss(critic, fake, labels)
     auxiliary = F.cross_entropy(fake.flatten(1)[:, :10], labels)
     torch.testing.assert_close(loss, auxiliary - fake.square().sum() / 16)
