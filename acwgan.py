@@ -330,7 +330,8 @@ def train(args, checkpoint, images, labels):
         order = torch.randperm(len(images), generator=stream).to(device)
         batches += order.split(args.batch_size)[: total // args.epochs]
     steps = range(first_step, total)
-    if args.force:  # otherwise --resume would continue the old run
+    if args.force:
+        # otherwise --resume would continue the old run, or be refused for its record
         (args.out / "checkpoint.pt").unlink(missing_ok=True)
         (args.out / "results.json").unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):

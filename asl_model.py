@@ -567,8 +567,8 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     unknown = set(names) ^ set(known)
     if unknown:
         raise Failure(
-            f"the network's labels are not those of {dataset}: only one of them has "
-            f"{min(unknown)!r}",
+            f"the labels of {dataset} {split} do not fit the network, or the other split; "
+            f"they differ in {min(unknown)!r}",
             2,
         )
     return images, labels[:, [known.index(name) for name in names]], names, description
