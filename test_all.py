@@ -2727,6 +2727,7 @@ def scripted():
 
 load = lambda: (Locked(), NAMES, 16)
 grid = lambda: (Grid(), NAMES, 40)
+large = lambda: (Grid(), NAMES, 512)
 plain = lambda: (Locked().layers, NAMES, 16)
 half = lambda: (Locked().half(), NAMES, 16)
 frozen = lambda: (Locked(after=torch.no_grad()(lambda x: x * 2)), NAMES, 16)
@@ -2764,6 +2765,40 @@ def test_a_network_of_ones_own_is_attacked_on_its_photos(own, function):
     arrays, record = own_arrays(own, function)
     assert record["rows"]["margin"]["target_actual"] == 1, "the labels' order is its own"
     assert [Path(file).name for file in arrays["files"]] == ["0.png", "1.png", "2.png"]
+
+
+PEAKS = """
+import resource, sys, pgd_attack
+for n in (40, 200):
+    pgd_attack.main([*sys.argv[1:], f"--limit={n}"])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_an_attack_holds_few_photos_in_memory_at_once(own, tmp_path, monkeypatch):
+    """160 more photos of 3 MB each: held all at once, they would add half of what a run takes."""
+    pytest.importorskip("resource")
+    flags, path = own
+    coco = tmp_path / "many" / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    (coco / "val2017").mkdir()
+    content = {"images": [], "annotations": []}
+    content["categories"] = [{"id": i, "name": f"name {i}"} for i in range(80)]
+    for i in range(200):
+        content["images"].append({"id": i, "file_name": f"{i}.png"})
+        content["annotations"].append({"image_id": i, "category_id": 0})
+        Image.new("RGB", (50, 40), (i, 0, 0)).save(coco / "val2017" / f"{i}.png")
+    annotations = coco / "annotations" / "instances_val2017.json"
+    annotations.write_text(json.dumps(content))
+    (tmp_path / "neighbour.py").write_text("NAMES = [f'name {i}' for i in range(80)]")
+    command = [sys.executable, "-c", PEAKS, *flags, f"{path}:large"]
+    command += ["--data", str(coco.parent), "--target", "name 5", "--steps", "1"]
+    command += ["--restarts", "0", "--batch-size", "4", "--save", "1"]
+    # else, each of glibc's threads may keep what it once took
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    output = subprocess.check_output(command, cwd=HERE, text=True)
+    few, many = [int(line) for line in output.split("\n") if line.isdigit()]
+    assert many < 1.25 * few
 
 
 @pytest.mark.parametrize(
