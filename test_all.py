@@ -947,11 +947,14 @@ def test_force_trains_a_finished_row_again_and_no_other(transferred, copied, mon
     assert list(again["rows"]) == list(transferred["rows"])
 
 
-def test_rows_of_other_settings_are_refused_or_left_out(copied):
+def test_rows_of_other_settings_are_refused_or_left_out(copied, monkeypatch):
     with held(copied), refused(copied, "another run"):
         run_transfer(copied)
     with refused("was made with seed", "--force", code=2):
         run_transfer(copied, "--seed", SEED + 1, "--variant", "ours")
+    with monkeypatch.context() as patch, refused("was made with version", code=2):
+        patch.setattr(transfer, "VERSION", 0)
+        run_transfer(copied)
     record = run_transfer(copied, "--steps", 3, "--variant", "as-logged", "--force")
     assert list(record["rows"]) == ["original", "as-logged", "carlini-wagner"]
 

@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
 APPROACH_1 = {"critic": 1, "auxiliary": 1, "adversarial": 1}  # alpha, beta, gamma
 SCRATCH = Variant("untrained", APPROACH_1, lr=2e-3, target="random_target", wanted=7)
-OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.2}
+OURS = {"adversarial hinge": 1, "robust hinge": 1, "euclidean": 0.24}
 VARIANTS = {
     "original": Variant("original", {}, rounds=0),
     # approach 1 as logged: the target's weights were never loaded; then the critic keeps training
@@ -65,7 +65,7 @@ VARIANTS = {
         "pretrained", {"noisy euclidean": 0.05, "auxiliary": 1, "adversarial": 1}
     ),
     "ours": Variant(
-        "refiner", OURS, rounds=6, lr=2e-3, betas=(0.9, 0.99), scheduled=True
+        "refiner", OURS, rounds=8, lr=2.5e-3, betas=(0.9, 0.99), scheduled=True
     ),
 }
 WARM_UP = 50  # steps in which a scheduled learning rate rises at first
@@ -75,6 +75,10 @@ ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust h
 BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that keeps training
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
+# most seeds give an untrained classifier that always, or never, takes digits for a 7; this one does
+# so in one of ten, as by chance
+RANDOM_TARGET_SEED = 25
+VERSION = 2  # raised where generators that earlier code trained must not be reused
 CW_DIGITS = 200  # digits for Carlini & Wagner's search, which is slow
 
 
@@ -94,7 +98,7 @@ def parse_args(argv=None):
     week_1 = "runs/acwgan/checkpoint.pt"
     add("--generator", type=Path, default=week_1, help="week 1's checkpoint")
     add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
-    text = "training steps per row (ours: 6 times as many)"
+    text = "training steps per row (ours: 8 times as many)"
     add("--steps", type=number(int, 1), default=800, help=text)
     add(
         "--samples",
@@ -110,9 +114,9 @@ def parse_args(argv=None):
 
 
 def model_a():
-    """Model A of Tramer et al. 2018 (arXiv 1705.07204), here with a stride of 2."""
-    layers = [nn.Conv2d(1, 64, 5), nn.ReLU(), nn.Conv2d(64, 64, 5, 2), nn.ReLU()]
-    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(6400, 128), nn.ReLU()]
+    """Model A of Tramer et al. 2018 (arXiv 1705.07204), but with a stride of 2, for speed."""
+    layers = [nn.Conv2d(1, 64, 5, 2), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU()]
+    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(4096, 128), nn.ReLU()]
     layers.append(nn.Dropout(0.5))
     return acwgan.Classifier(layers)
 
@@ -297,7 +301,7 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
 def load_networks(out, dataset, images, labels, original, critic):
     """All `Networks`; classifiers come from `out`, or are trained on these images and labels."""
     device = images.device
-    torch.manual_seed(7)
+    torch.manual_seed(RANDOM_TARGET_SEED)
     random_target = model_a().eval().requires_grad_(False)
     networks = [original, critic, random_target.to(device)]
     for name, (make, arguments, training, attack) in CLASSIFIERS.items():
@@ -590,7 +594,7 @@ def main(argv=None):
             batch_size=BATCH_SIZE,
             target_margin=TARGET_MARGIN,
             robust_margin=ROBUST_MARGIN,
-            largest_change=1,  # of a pixel, by the bound in `Refiner`
+            version=VERSION,
             seed=args.seed,
             steps=args.steps,
         )
