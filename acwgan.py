@@ -16,11 +16,10 @@ drawn.npz and drawn.png only.
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
@@ -41,8 +40,20 @@ LOG_EVERY = 50  # steps between two rows of history.csv
 # the same in every run, so that runs can be compared
 EVALUATION = {"seed": 1234, "epochs": 3, "lr": 4e-3, "shift": 2, "smoothing": 0.05}
 # A run resumes only from a checkpoint made with the same values of these flags.
-MUST_MATCH = ("seed", "epochs", "batch_size", "critic_steps", "critic_lr", "generator_lr")
-MUST_MATCH += ("beta2", "latent", "image_size", "width", "average", "samples")
+MUST_MATCH = (
+    "seed",
+    "epochs",
+    "batch_size",
+    "critic_steps",
+    "critic_lr",
+    "generator_lr",
+    "beta2",
+    "latent",
+    "image_size",
+    "width",
+    "average",
+    "samples",
+)
 
 
 def parse_args(argv=None):
@@ -50,7 +61,7 @@ def parse_args(argv=None):
     parser = common.parser(
         "acwgan.py",
         __doc__,
-        Path("runs/acwgan"),
+        "runs/acwgan",
         ("auto", "mnist", "glyphs"),
         "auto: mnist, or glyphs if MNIST is unavailable",
         "train on the first N images",
@@ -58,7 +69,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     number = common.number
     count = number(int, 1)
-    rate = number(float, 1e-9, 1e9)
+    rate = number(float, 1e-9)
     decay = number(float, 0, 0.999999)
     add("--resume", action="store_true", help="continue the training in --out")
     add("--epochs", type=count, default=3, help="passes over the images (log: 13)")
@@ -239,8 +250,9 @@ def generator_loss(critic, fake, labels):
 
 def load_checkpoint(path):
     """The checkpoint of a training run."""
-    advice = "choose another --out, or train anew with --force"
-    return common.load_checkpoint(path, advice, "acwgan")
+    return common.load_checkpoint(
+        path, "choose another --out, or train anew with --force", "acwgan"
+    )
 
 
 def open_checkpoint(args, dataset, n):
@@ -252,22 +264,15 @@ def open_checkpoint(args, dataset, n):
     if path.exists() and not args.force:
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
-        if checkpoint["steps"] < checkpoint["total_steps"] and not args.resume:
-            raise Failure(
-                f"{path} is an unfinished training; continue it with --resume, "
-                "or start anew with --force",
-                2,
-            )
         return checkpoint
     # --resume also restores these values, unless they are given as flags
     for name in ("data", "device", "inception"):
         settings[name] = getattr(args, name)
-    total = n // args.batch_size * args.epochs
     return {
         "kind": "acwgan",
         "settings": settings,
         "steps": 0,
-        "total_steps": total,
+        "total_steps": n // args.batch_size * args.epochs,
         "history": [],
     }
 
@@ -317,7 +322,7 @@ def train(args, checkpoint, images, labels):
         "critic_adam": critic_adam,
     }
     first_step = checkpoint["steps"]
-    if first_step > 0:
+    if first_step:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random"])
@@ -332,9 +337,10 @@ def train(args, checkpoint, images, labels):
     steps = range(first_step, total)
     if args.force:
         # otherwise --resume would continue the old run, or be refused for its record
-        (args.out / "checkpoint.pt").unlink(missing_ok=True)
-        (args.out / "results.json").unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "results.json"):
+            (args.out / name).unlink(missing_ok=True)
     for step in common.progress(steps, "AC-WGAN-GP", total, initial=first_step):
+        done = step + 1
         real = resize(images[batches[step]], args.image_size)
         y = labels[batches[step]]
 
@@ -361,9 +367,9 @@ def train(args, checkpoint, images, labels):
 
         if step % LOG_EVERY == 0:
             row = {name: loss.item() for name, loss in losses.items()}
-            checkpoint["history"].append({"step": step + 1, **row})
-        if step + 1 == total or (step + 1) % SAVE_EVERY == 0:
-            checkpoint["steps"] = step + 1
+            checkpoint["history"].append({"step": done, **row})
+        if done == total or done % SAVE_EVERY == 0:
+            checkpoint["steps"] = done
             save_checkpoint(args.out, checkpoint, parts)
     return average
 
@@ -382,7 +388,7 @@ def save_checkpoint(out, checkpoint, parts):
 
 def resize(images, size):
     """Images (N, 1, H, W) in [0, 1] resized to `size` pixels, with antialiasing."""
-    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    resized = F.interpolate(images, size, mode="bilinear", antialias=True)
     return resized.clamp(0, 1)
 
 
@@ -426,7 +432,7 @@ def train_classifier(network, images, labels, settings, attack=None):
     for batch in common.progress(batches, type(network).__name__, unit="step"):
         y = labels[batch]
         dx, dy = torch.randint(2 * shift + 1, (2,), generator=stream)
-        padded = F.pad(images[batch], (shift, shift, shift, shift))
+        padded = F.pad(images[batch], [shift] * 4)
         inputs = padded[:, :, dy : dy + 28, dx : dx + 28]
         with autocast(images.device):
             if attack:
@@ -447,12 +453,16 @@ def cached_classifier(path, network, images, labels, settings, attack=None):
     """
     cached = {}
     if path.exists():
-        advice = "delete it, and the classifier is trained again"
-        cached = common.load_checkpoint(path, advice, "classifier")
+        cached = common.load_checkpoint(
+            path, "delete it, and the classifier is trained again", "classifier"
+        )
     if cached.get("settings") != settings:
         train_classifier(network, images, labels, settings, attack)
-        weights = network.state_dict()
-        cached = {"kind": "classifier", "settings": settings, "network": weights}
+        cached = {
+            "kind": "classifier",
+            "settings": settings,
+            "network": network.state_dict(),
+        }
         common.save(path, cached)
     network.load_state_dict(cached["network"])
     return network.eval().requires_grad_(False)
@@ -468,10 +478,15 @@ def evaluation_classifier(out, dataset, images, labels):
     torch.manual_seed(EVALUATION["seed"])
     network = evaluation_network().to(images.device)
     network.training_images = n
-    settings = {"network": "evaluation_network", "dataset": dataset, "images": n}
-    settings.update(EVALUATION)
-    path = out / "evaluation_classifier.pt"
-    return cached_classifier(path, network, images[:n], labels[:n], settings)
+    settings = {
+        "network": "evaluation_network",
+        "dataset": dataset,
+        "images": n,
+        **EVALUATION,
+    }
+    return cached_classifier(
+        out / "evaluation_classifier.pt", network, images[:n], labels[:n], settings
+    )
 
 
 @torch.no_grad()
@@ -489,7 +504,7 @@ def frechet(x, y):
     """The Frechet distance of features x (N, D) and y (M, D), two arrays."""
     moments = []
     for sample in (x, y):
-        moments += [sample.mean(0, dtype=np.float64), np.cov(sample, rowvar=False)]
+        moments += [sample.mean(0, dtype=float), np.cov(sample, rowvar=False)]
     return common.frechet_distance(*moments)
 
 
@@ -532,7 +547,7 @@ def evaluate(args, generator, classifier, images, labels, test_images, test_labe
 def save_samples(path, images, labels, **more):
     """Write images (N, 1, 28, 28) in [0, 1] as uint8 (N, 28, 28), labels and more (N,) int64."""
     arrays = {"images": (images[:, 0] * 255).round().byte(), "labels": labels, **more}
-    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    arrays = {name: tensor.cpu() for name, tensor in arrays.items()}
     with common.whole_file(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -540,8 +555,7 @@ def save_samples(path, images, labels, **more):
 def grid(images, columns):
     """A PIL image of digits (N, 1, 28, 28) in [0, 1], each of their pixels three wide."""
     large = F.interpolate(images, scale_factor=3)
-    page = make_grid(large, columns, pad_value=0.3)
-    return to_pil_image((page * 255).round().byte().cpu())
+    return to_pil_image(make_grid(large, columns, pad_value=0.3))
 
 
 def figure(generated, real):
@@ -549,9 +563,8 @@ def figure(generated, real):
     caption = torch.zeros_like(real[:8])
     page = grid(torch.cat([caption, generated, caption, real]), 8)
     ink = ImageDraw.Draw(page)
-    ink.font = ImageFont.load_default(36)
-    ink.text((9, 20), "generated", "white")
-    ink.text((9, 450), "real, with the same labels", "white")
+    ink.text((9, 20), "generated", "white", font_size=36)
+    ink.text((9, 450), "real, with the same labels", "white", font_size=36)
     return page
 
 
@@ -568,8 +581,7 @@ def draw(args, device):
         labels.fill_(args.digit)
     images = generate(generator.to(device).eval(), labels, args.seed)
     save_samples(args.out / "drawn.npz", images, labels)
-    with common.whole_file(args.out / "drawn.png") as file:
-        grid(images[:1000], 20).save(file, "png")
+    common.save_png(args.out / "drawn.png", grid(images[:1000], 20))
     print(f"{args.out} holds drawn.npz and, of its first 1,000 digits, drawn.png")
 
 
@@ -599,8 +611,8 @@ def main(argv=None):
             args, generator, classifier, images, labels, test_images, test_labels
         )
         generated = generate(generator, test_labels[:32], args.seed)
-        with common.whole_file(args.out / "AC-WGAN_GP.png") as file:
-            figure(generated, test_images[:32]).save(file, "png")
+        page = figure(generated, test_images[:32])
+        common.save_png(args.out / "AC-WGAN_GP.png", page)
         record = common.write_results(
             args, device, results, dataset=dataset, dataset_size=n
         )

@@ -19,7 +19,6 @@ import copy
 import functools
 import math
 import os
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from PIL import ImageDraw
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
@@ -65,8 +65,17 @@ HEAD_LR_FACTOR = 10  # times --lr, while only the last layer is trained
 EVALUATIONS = 5  # per training run
 SAVE_EVERY = 200  # steps
 # what a training run depends on
-MUST_MATCH = ("dataset", "arch", "image_size", "epochs", "batch_size", "lr")
-MUST_MATCH += ("limit", "seed", "weights")
+MUST_MATCH = (
+    "dataset",
+    "arch",
+    "image_size",
+    "epochs",
+    "batch_size",
+    "lr",
+    "limit",
+    "seed",
+    "weights",
+)
 COCO_DETECTOR = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 EPS = 1e-5  # of InPlace-ABN and batch norm
 
@@ -183,8 +192,9 @@ class Block(nn.Module):
         planes = c_out // 4 if bottleneck else c_out
         self.downsample = nn.Sequential()
         if stride == 2:
-            pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
-            self.downsample.append(pool)
+            self.downsample.append(
+                nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+            )
         if c_in != c_out:
             self.downsample.append(ConvNorm(c_in, c_out, 1))
         kernel = 1 if bottleneck else 3
@@ -264,10 +274,15 @@ def fold(network):
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
-            scale = norm.weight.double() / (norm.running_var.double() + EPS).sqrt()
-            conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            bias = norm.bias - norm.running_mean * scale
-            conv.bias = nn.Parameter(bias.to(norm.bias))
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight,
+                None,
+                norm.running_mean,
+                norm.running_var,
+                EPS,
+                norm.weight,
+                norm.bias,
+            )
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
@@ -377,7 +392,7 @@ inplace_abn_1_0_12 = InplaceABN1012
 def published_weights(name, data_dir):
     """The path of torchvision's published weights of its network `name`, downloaded if absent."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
-    path = Path(data_dir, url.rpartition("/")[2])
+    path = Path(data_dir, Path(url).name)
     return common.download(url, path)
 
 
@@ -457,8 +472,6 @@ def load_asl(path, arch=None, folded=True):
         if content.get("idx_to_class"):
             table = {int(i): name for i, name in content["idx_to_class"].items()}
             names = [str(table[i]) for i in range(n)]
-            if len(set(names)) < n:
-                raise ValueError("two of its classes have the same name")
         elif n == 80:
             print(
                 f"{path} has no class names; its 80 outputs are taken for COCO's, in order"
@@ -541,22 +554,21 @@ def load_scenes(n, image_size=64, seed=0, source="auto", data_dir="data", split=
     return torch.from_numpy(images), labels
 
 
-def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed=0):
-    """(Images, labels, class names, description) of a data set.
+def load_data(args, image_size, split, names=None):
+    """(Images, labels, class names, description) of --dataset, --data, --limit and --seed.
 
-    scenes: a tensor (N, 3, S, S) of `limit` scenes; `split` train, validation or test.
-    coco: `Photos`, those of the first `limit` that have a label; `split` val2017, train2017.
+    scenes: a tensor (N, 3, S, S) of --limit scenes; `split` train, validation or test.
+    coco: `Photos`, those of the first --limit that have a label; `split` val2017, train2017.
     Labels (N, L) are float32 0/1, in the order of `names` if given. Raises Failure for other names.
     """
-    if dataset == "scenes":
-        n = limit or SCENES[split]
-        images, labels = load_scenes(n, image_size, seed, "auto", data_dir, split)
-        description = (
-            f"scenes of {scene_digits('auto', data_dir, split)[0]}'s {split} digits"
-        )
+    if args.dataset == "scenes":
+        n = args.limit or SCENES[split]
+        images, labels = load_scenes(n, image_size, args.seed, "auto", args.data, split)
+        digits = scene_digits("auto", args.data, split)[0]
+        description = f"scenes of {digits}'s {split} digits"
         known = list("0123456789")
     else:
-        images, labels, known = common.load_coco(data_dir, image_size, limit, split)
+        images, labels, known = common.load_coco(args.data, image_size, args.limit, split)
         rows = labels.any(1).nonzero()[:, 0]
         if len(rows) == 0:
             raise Failure(f"no photo of {split} has a label; raise --limit", 2)
@@ -567,7 +579,7 @@ def load_data(dataset, data_dir, image_size, split, names=None, limit=None, seed
     unknown = set(names) ^ set(known)
     if unknown:
         raise Failure(
-            f"the labels of {dataset} {split} do not fit the network, or the other split; "
+            f"the labels of {args.dataset} {split} do not fit the network, or the other split; "
             f"they differ in {min(unknown)!r}",
             2,
         )
@@ -612,15 +624,14 @@ def augment(images, seeds):
 
 def training_data(args, names):
     """((images, labels) to train on, (images, labels) that select the best network)."""
-    options = {"limit": args.limit, "seed": args.seed, "names": names}
-    options.update(dataset=args.dataset, data_dir=args.data, image_size=args.image_size)
+    size = args.image_size
     if args.dataset == "scenes":
-        train = load_data(split="train", **options)[:2]
-        return train, load_data(split="validation", **options)[:2]
-    images, labels = load_data(split="train2017", **options)[:2]
+        train = load_data(args, size, "train", names)[:2]
+        return train, load_data(args, size, "validation", names)[:2]
+    images, labels = load_data(args, size, "train2017", names)[:2]
     # independent of seed and limit, so that a later run holds out the same photos
     is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == 0
-    held_out = Photos(images.paths[::HELD_OUT_EVERY], args.image_size)
+    held_out = Photos(images.paths[::HELD_OUT_EVERY], size)
     del images.paths[::HELD_OUT_EVERY]
     return (images, labels[~is_held_out]), (held_out, labels[is_held_out])
 
@@ -631,11 +642,9 @@ def starting_network(args, names):
     In these first epochs the last layer learns alone: a new one, whose weights are random, would
     undo what the other layers have learnt.
     """
-    path = args.weights
-    if path is None and ARCHITECTURES[args.arch].blocks:
+    if not args.weights and ARCHITECTURES[args.arch].blocks:
         return new_network(args.arch, len(names)), 0
-    if path is None:
-        path = published_weights(args.arch, args.data)
+    path = args.weights or published_weights(args.arch, args.data)
     network, known = load_asl(path, args.arch, folded=False)
     if known == names:
         return network, 0
@@ -673,14 +682,16 @@ def training_batches(args, images, labels, done):
         yield batch, labels[rows]
 
 
-def training_checkpoint(path, args):
-    """This run's checkpoint at `path`, or a new one; raises Failure if it is another run's."""
+def training_checkpoint(path, finished, args):
+    """This run's checkpoint at `path`, or a new one; raises Failure if it is another run's.
+
+    `finished` is the file of the finished network.
+    """
     flags = {name: getattr(args, name) for name in MUST_MATCH}
     if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
-    finished = path.with_name(f"{args.arch}-{args.dataset}.pth")
     if finished.exists() and not args.force:
         raise Failure(f"{finished} exists; choose another --out, or add --force", 2)
     # --resume also restores these, unless they are given as flags
@@ -729,7 +740,8 @@ def train(args, device, names):
     Raises Failure if --out holds another run, if there are too few images, and if it diverges.
     """
     path = args.out / "checkpoint.pt"
-    checkpoint = training_checkpoint(path, args)
+    weights_path = args.out / f"{args.arch}-{args.dataset}.pth"
+    checkpoint = training_checkpoint(path, weights_path, args)
     done = checkpoint["steps"]
     (images, labels), (held_out, truth) = training_data(args, names)
     data = {f"class {i}": name for i, name in enumerate(names)}
@@ -740,12 +752,6 @@ def train(args, device, names):
     total = args.epochs * (len(labels) // args.batch_size)
     if total == 0:
         raise Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
-    if 0 < done < total and not args.resume:
-        raise Failure(
-            f"{path} is an unfinished training; continue it with --resume, "
-            "or start anew with --force",
-            2,
-        )
     parts = training_parts(args, device, checkpoint, names, total)
     network = parts["network"]
     average = parts["average"]
@@ -798,21 +804,18 @@ def train(args, device, names):
             common.save(path, checkpoint, f"--lr {args.lr}")
     for name in parts:
         del checkpoint[name]
-    weights_path = args.out / f"{args.arch}-{args.dataset}.pth"
     common.save(weights_path, checkpoint)
     return weights_path, {"dataset_size": len(labels), "history": history}
 
 
 def scenes_weights(data_dir, device):
     """The path of the scenes classifier for these digits, trained if missing."""
-    out = Path("runs/scenes_classifier", scene_digits("auto", str(data_dir), "train")[0])
+    out = Path("runs/scenes_classifier", scene_digits("auto", data_dir, "train")[0])
     path = out / "tresnet_s-scenes.pth"
     if not path.exists():
         print(f"training the classifier of scenes, {path}: minutes on two CPU cores")
-        flags = ["--train", "--dataset=scenes"]
-        if (out / "checkpoint.pt").exists():
-            flags = ["--resume"]
-        main([*flags, f"--data={data_dir}", f"--out={out}", f"--device={device.type}"])
+        flags = [f"--data={data_dir}", f"--out={out}", f"--device={device.type}"]
+        main(["--train", "--dataset=scenes", *flags])
     return path
 
 
@@ -877,9 +880,7 @@ def main(argv=None):
             part = "test"
         size = args.image_size
         if args.train:  # the evaluation data is loaded first, as it gives the classes
-            names = load_data(
-                args.dataset, args.data, size, part, None, args.limit, args.seed
-            )[2]
+            names = load_data(args, size, part)[2]
             path, facts = train(args, device, names)
         else:
             path = args.weights or default_weights(args.dataset, args.data, device)
@@ -894,14 +895,10 @@ def main(argv=None):
                 if is_present(logits[i], args.threshold):
                     numbers[names[i]] = probabilities[i]
         else:
-            images, labels, _, facts["images"] = load_data(
-                args.dataset, args.data, size, part, names, args.limit, args.seed
-            )
+            images, labels, _, facts["images"] = load_data(args, size, part, names)
             facts.setdefault("dataset_size", len(labels))
             logits = predict(network, images, device, args.batch_size)
             numbers = measure(logits, labels.numpy(), args.threshold)
-        if argv is not None:  # it runs within another script
-            facts["command"] = shlex.join(["python", "asl_model.py", *argv])
         facts["weights"] = path
         record = common.write_results(args, device, {part: numbers}, **facts)
     common.print_table([part, path], numbers.items())

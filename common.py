@@ -52,9 +52,11 @@ def run(main, interrupted="interrupted"):
     code = 1
     try:
         return main()
-    except (Failure, OSError) as problem:
+    except Failure as problem:
         line = problem
-        code = getattr(problem, "code", 1)
+        code = problem.code
+    except OSError as problem:
+        line = problem
     except KeyboardInterrupt:
         line = interrupted
         code = 130
@@ -187,6 +189,12 @@ def whole_file(path):
         draft.unlink(missing_ok=True)
 
 
+def save_png(path, image):
+    """Write a PIL image to `path` as a PNG, atomically."""
+    with whole_file(path) as file:
+        image.save(file, "png")
+
+
 def is_finite(content):
     """Whether every tensor in these nested dictionaries is finite."""
     if isinstance(content, dict):
@@ -224,9 +232,10 @@ def load_checkpoint(path, advice, kind=None):
 def require_same(path, old, new):
     """Raise Failure if `path` was made with `old` settings that differ from the `new` ones."""
     for name, value in new.items():
-        if old.get(name) != value:
+        before = old.get(name)
+        if before != value:
             raise Failure(
-                f"{path} was made with {name} {old.get(name)}, not {value}; "
+                f"{path} was made with {name} {before}, not {value}; "
                 "choose another --out, or add --force",
                 2,
             )
@@ -274,9 +283,8 @@ def print_table(head, rows):
 
 def write_results(args, device, numbers, **facts):
     """Write `results.json`: the command, settings, versions, facts and numbers; returns it all."""
-    folder = Path(__file__).parent
-    failed, git = subprocess.getstatusoutput(
-        f'git -C "{folder}" describe --always --dirty 2>{os.devnull}'
+    git = subprocess.getoutput(
+        f'git -C "{Path(__file__).parent}" describe --always --dirty 2>{os.devnull}'
     )
     record = {
         "command": shlex.join(["python", *sys.argv]),
@@ -285,7 +293,7 @@ def write_results(args, device, numbers, **facts):
         "device": device,
         "bfloat16": has_bf16(device),
         "seconds": round(time.time() - START),
-        "git": None if failed else git,
+        "git": git or None,
         **facts,
         **numbers,
     }
@@ -326,12 +334,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if means.shape != sigmas.shape[:2]:
         raise ValueError("a mean must be (D,), and its covariance (D, D)")
     values, vectors = np.linalg.eigh(sigmas)
-    if (values[:, 0] > 1e-12 * values[:, -1]).all():
+    rounding = values[:, -1:] * len(mu1) * sys.float_info.epsilon
+    if (values > rounding).all():
         cross = np.trace(sqrtm(sigmas[0] @ sigmas[1])).real
     else:
         # sqrtm is slow and inexact where a covariance is singular, as it is with fewer samples
         # than D; with S = F F^T, the trace is the nuclear norm of F1^T F2
-        rounding = values[:, -1:] * len(mu1) * np.finfo(float).eps
         values[values < rounding] = 0
         factors = vectors * values[:, None] ** 0.5
         cross = np.linalg.norm(factors[0].T @ factors[1], "nuc")
@@ -348,17 +356,18 @@ def frechet_distance_torch(x, y):
     """
     features = x.cpu().double()
     others = y.detach().cpu().double()
-    if min(len(x), len(y)) < 2 or not torch.cat([features, others]).isfinite().all():
-        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
     a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
     b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
-    # QR shrinks A B^T to (N, D) at most
-    s = torch.linalg.svdvals(a @ torch.linalg.qr(b, mode="r").R.T)
-    rounding = s[0] * len(s) * torch.finfo(s.dtype).eps
-    cross = s[s > rounding].sum()  # a singular value of 0 has no gradient
     shift = features.mean(0) - others.mean(0)
     traces = a.square().sum() + b.square().sum()
-    return (shift.square().sum() + traces - 2 * cross).to(x.dtype).to(x)
+    separate = shift.square().sum() + traces
+    if not separate.isfinite():  # NaN, or 0 / 0 where N or M is below 2
+        raise ValueError("features must be finite, (N, D) and (M, D), N and M above 1")
+    # QR shrinks A B^T to (N, D) at most
+    s = torch.linalg.svdvals(a @ torch.linalg.qr(b, mode="r").R.T)
+    rounding = s[0] * len(s) * sys.float_info.epsilon
+    cross = s[s > rounding].sum()  # a singular value of 0 has no gradient
+    return (separate - 2 * cross).to(x.dtype).to(x)
 
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
@@ -415,14 +424,15 @@ def load_mnist(data_dir, train=True):
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
     try:
         digits = MNIST(data_dir, train, download=True)
-        if digits.data.shape != (len(digits.targets), 28, 28) or digits.targets.max() > 9:
-            raise ValueError("they are not digits of 28 x 28 pixels with a label each")
+        images = digits.data.view(len(digits.targets), 1, 28, 28)
+        if digits.targets.max() > 9:
+            raise ValueError("a label is above 9")
     except Exception as problem:  # torchvision raises many kinds
         raise Failure(
             f"{data_dir}/MNIST/raw could not be downloaded, or is damaged ({problem}); "
             "delete what is there, or use --dataset glyphs"
         ) from None
-    return digits.data[:, None] / 255, digits.targets
+    return images / 255, digits.targets
 
 
 def glyphs(n, seed=0):
@@ -432,7 +442,7 @@ def glyphs(n, seed=0):
     """
     font = ImageFont.load_default(40)
     move = transforms.RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
-    images = np.empty((n, 1, 28, 28), "uint8")
+    images = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for i in progress(range(n), "drawing digits"):
@@ -441,8 +451,8 @@ def glyphs(n, seed=0):
             ImageDraw.Draw(canvas).text(
                 (28, 28), str(i % 10), 255, font, anchor="mm", stroke_width=stroke
             )
-            images[i, 0] = move(canvas).reduce(2)
-    return torch.from_numpy(images) / 255, torch.arange(n) % 10
+            images.append(transforms.functional.pil_to_tensor(move(canvas).reduce(2)))
+    return torch.stack(images) / 255, torch.arange(n) % 10
 
 
 def load_digits(name, data_dir, train=True, limit=None, device="cpu"):
@@ -520,8 +530,9 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
             text = zipfile.ZipFile(path).read(name)
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
-        categories = content["categories"]
-        names = dict(sorted((row["id"], str(row["name"])) for row in categories))
+        names = dict(
+            sorted((row["id"], str(row["name"])) for row in content["categories"])
+        )
         classes = list(dict.fromkeys(names.values()))  # equal names are one class
         labels = torch.zeros(len(files), len(classes))
         row_of = dict(zip(files, labels, strict=True))

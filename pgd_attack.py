@@ -46,7 +46,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models, transforms
-from torchvision.transforms.functional import to_pil_image
+from torchvision.datasets.folder import is_image_file
+from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
 import acwgan
@@ -65,10 +66,10 @@ DATASETS = {  # by kind of model; the first is the default
 }
 DEFAULTS = {  # target, eps, images per batch, --limit
     "scenes": ("8", 0.1, 256, 500),
-    "coco": ("person", 8 / 255, 16, None),
+    "coco": ("person", "8/255", 16, None),
     "digits": ("3", 0.3, 256, 1000),
     # class 60 of ImageNet, as in the log
-    "torchvision": ("night snake", 8 / 255, 16, None),
+    "torchvision": ("night snake", "8/255", 16, None),
 }
 # may differ in a repeated run
 MAY_DIFFER = ("out", "device", "force")
@@ -223,13 +224,13 @@ def parse_args(argv=None):
         ignored += ["sweep", "dose", "augment", "limit", "split"]
     if kind in ("own", "digits"):
         ignored += ["weights"]
+    if dataset != "coco":
+        ignored += ["augment", "split"]
     for flag in ignored:
         if getattr(args, flag) != p.get_default(flag):
-            p.error(f"--{flag} has no effect on this run")
+            p.error(f"--{flag} has no effect with this --model, --dataset or kind of run")
     if args.image and kind == "digits":
         p.error("--image needs a classifier of photos, such as --model resnet18")
-    if dataset != "coco" and (args.augment or args.split != "val2017"):
-        p.error("--augment and --split train2017 need --dataset coco")
     if args.image and not args.image.exists():
         p.error(f"--image: there is no file {args.image}")
 
@@ -248,7 +249,7 @@ def parse_args(argv=None):
         loss="margin",
         gradient="right",
         eps=eps,
-        alpha=2 / 255,
+        alpha="2/255",
         steps=40,
         restarts=4,
         batch_size=batch_size,
@@ -329,8 +330,7 @@ def pgd(
         )
     reached = early_stop if callable(early_stop) else goal_reached
     with evaluation_mode(model):
-        images = images.detach().clone()
-        targets = targets.detach().clone()
+        images = images.detach()
         # nextafter: a bound that was rounded outwards would exceed eps
         low = torch.nextafter(images - eps, images).clamp(*clip)
         high = torch.nextafter(images + eps, images).clamp(*clip)
@@ -380,7 +380,7 @@ def evaluation_mode(model):
     try:
         for module in trained:
             module.training = False
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # this enables gradients, too
             yield
     finally:
         for module in trained:
@@ -472,17 +472,13 @@ def bce(logits, wanted, target, threshold):
 def softmax_bce(logits, wanted, target=None, threshold=None):
     """Weeks 4 and 5: binary cross-entropy of a softmax; labels compete, as they sum to 1.
 
-    As torch computes it, with log(p) cut at -100; but torch refuses wanted values outside [0, 1],
-    such as the raw logits that the log's week 4 used as the wanted values.
+    It is linear in the wanted values. Torch's own, which cuts log(p) at -100, refuses those outside
+    [0, 1], such as the raw logits that the log's week 4 used, so they weigh torch's for 1 and 0.
     """
     p = logits.softmax(1)
-    with torch.no_grad():
-        log_p = p.log().clamp(min=-100)
-        log_1_p = (1 - p).log().clamp(min=-100)
-        loss = -wanted * log_p - (1 - wanted) * log_1_p
-        slope = (p - wanted) / (p * (1 - p)).clamp(min=1e-12)
-    # the value is `loss`, and the derivative in p is `slope`, as in torch's own
-    return (loss + slope * (p - p.detach())).mean(1)
+    present = F.binary_cross_entropy(p, torch.ones_like(p), reduction="none")
+    absent = F.binary_cross_entropy(p, torch.zeros_like(p), reduction="none")
+    return (wanted * present + (1 - wanted) * absent).mean(1)
 
 
 def margin(logits, wanted, target, threshold):
@@ -564,7 +560,7 @@ def rows_of(args):
     if args.loss == "margin":
         ours = ours._replace(early_stop=True, restarts=args.restarts)
     if args.kind in ("digits", "torchvision"):
-        ours = ours._replace(name="corrected", loss="softmax-ce", early_stop=True)
+        ours = ours._replace(name="corrected", loss="softmax-ce")
     if args.week == 3:
         return [*WEEK_3, ours]
     if args.week == 4:
@@ -623,7 +619,7 @@ def wanted_labels(logits, task):
     if not task.multi_label:
         wanted.zero_()
     if task.direction == "flip":
-        wanted[:, task.target] = 1 - wanted[:, task.target]
+        wanted[:, task.target].logical_not_()
     else:
         wanted[:, task.target] = float(task.direction == "on")
     return wanted
@@ -646,7 +642,9 @@ def attack_labels(network, images, logits, row, task):
         return (images + row.eps * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
     wanted = wanted_labels(logits, task)
 
-    # In bfloat16, a softmax near 1 rounds to 1, and the gradient of its logarithm to 0.
+    # In bfloat16, a softmax near 1 rounds to 1, and the gradient of its logarithm to 0; and on a
+    # GPU, torch refuses a binary cross-entropy under autocast.
+    @torch.autocast(images.device.type, enabled=False)
     def loss(logits, wanted):
         return LOSSES[row.loss](logits.float(), wanted, task.target, task.threshold)
 
@@ -676,7 +674,7 @@ def attack_labels(network, images, logits, row, task):
             )
         result[remaining] = adversarial
         after = predicted_labels(logits_of(network, adversarial), task)
-        succeeded = (after == wanted[remaining].bool()).all(1)
+        succeeded = (after == wanted[remaining]).all(1)
         remaining = remaining[~succeeded]
         if len(remaining) == 0:
             break
@@ -702,7 +700,7 @@ def attack_top_class(network, images, logits, row, task):
     high = (normalised + row.eps).clamp(0, 1)
     adversarial = normalised.clamp(0, 1)
     for _ in range(row.steps):
-        x = adversarial.detach().requires_grad_()
+        x = adversarial.requires_grad_()
         loss = softmax_bce(network(x * std + mean), wanted)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         adversarial = (x.detach() - row.alpha * gradient.sign()).clamp(low, high)
@@ -712,8 +710,14 @@ def attack_top_class(network, images, logits, row, task):
 # --- counting
 
 # as the log's week 5 printed them
-COUNTS = ("target_actual", "target_before", "target_after")
-COUNTS += ("labels_actual", "labels_before", "labels_after")
+COUNTS = (
+    "target_actual",
+    "target_before",
+    "target_after",
+    "labels_actual",
+    "labels_before",
+    "labels_after",
+)
 
 
 def rate_over_photos(hits, totals):
@@ -725,13 +729,10 @@ def rate_over_photos(hits, totals):
     if n == 0:
         return None
     rng = np.random.default_rng(0)
-    rates = []
-    for _ in range(1000):
-        drawn = rng.integers(len(hits), size=len(hits))
-        total = totals[drawn].sum().item()
-        if total > 0:
-            rates.append(hits[drawn].sum().item() / total)
-    low, high = np.percentile(rates, (2.5, 97.5)).tolist()
+    drawn = rng.integers(len(hits), size=(1000, len(hits)))
+    sums = totals[drawn].sum(1)
+    rates = hits[drawn].sum(1).double() / sums
+    low, high = np.percentile(rates[sums > 0], (2.5, 97.5)).tolist()
     # if every resample is 0, or 1, too: Wilson's bound for the photos that have any
     photos = (totals > 0).sum()
     if hits.sum() == 0:
@@ -751,7 +752,7 @@ def count_labels(logits_before, logits_after, truth, task):
     target = task.target
     before = predicted_labels(logits_before, task)
     after = predicted_labels(logits_after, task)
-    wanted = wanted_labels(logits_before, task).bool()
+    wanted = wanted_labels(logits_before, task)
     to_change = (wanted != before).any(1)
     right = (after == wanted)[to_change]
     numbers = {"target_switched": wilson(right[:, target].sum(), len(right))}
@@ -765,14 +766,15 @@ def count_labels(logits_before, logits_after, truth, task):
             numbers[f"labels_{when}"] = int(labels.sum())
     numbers["target_ratio"] = rate_over_photos(after[:, target], before[:, target])
     numbers["labels_ratio"] = rate_over_photos(after.sum(1), before.sum(1))
-    others = torch.arange(len(task.names)) != target
-    lost = (before & ~after)[:, others].sum(1)
-    numbers["others_lost"] = rate_over_photos(lost, before[:, others].sum(1))
-    numbers["others_new"] = int((after & ~before)[:, others].sum())
+    before[:, target] = False  # from here on, the other labels
+    after[:, target] = False
+    lost = before & ~after
+    numbers["others_lost"] = rate_over_photos(lost.sum(1), before.sum(1))
+    numbers["others_new"] = int((after & ~before).sum())
     if truth is not None:
-        correct = (before & (truth > 0))[:, others]
-        lost = (correct & ~after[:, others]).sum(1)
-        numbers["correct_lost"] = rate_over_photos(lost, correct.sum(1))
+        correct = truth > 0
+        hits = (lost & correct).sum(1)
+        numbers["correct_lost"] = rate_over_photos(hits, (before & correct).sum(1))
     return numbers
 
 
@@ -870,14 +872,13 @@ def load_imagenet(data_dir, class_names, limit=None):
     folder = Path(data_dir, "imagenet")
     paths = []
     for path in sorted(folder.glob("**/[!.]*")):
-        is_photo = path.suffix.lower() in (".jpeg", ".jpg", ".png")
-        if is_photo and not path.parent.name.startswith("."):
+        if is_image_file(path.name) and not path.parent.name.startswith("."):
             paths.append(path)
     if not paths:
         raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
     rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths)))
-    paths = [paths[row] for row in rows.round().astype(int)]
-    folders = sorted(path.name for path in folder.glob("n" + 8 * "[0-9]"))
+    paths = [paths[round(row)] for row in rows]
+    folders = sorted(path.name for path in folder.glob("n????????"))
     classes = []
     for path in paths:
         name = path.stem.partition("_")[2].replace("_", " ")
@@ -915,9 +916,7 @@ def multi_label_subject(args, device):
         photos = Photos([args.image], size)
         return Subject(network, task, photos, None, args.image.name)
     split = "test" if args.dataset == "scenes" else args.split
-    images, truth, _, description = asl_model.load_data(
-        args.dataset, args.data, size, split, names, args.limit, args.seed
-    )
+    images, truth, _, description = asl_model.load_data(args, size, split, names)
     return Subject(network, task, images, truth, description)
 
 
@@ -970,12 +969,12 @@ def captions(before, after, task):
     lines = []
     for i in (was | now).nonzero()[:, 0].tolist():
         text = f"{task.names[i]} {after[i].sigmoid():.2f}"
-        if was[i] and now[i]:
-            lines.append((text, "black"))
-        elif now[i]:
+        if not now[i]:
+            lines.append((f"-{text}", "firebrick"))
+        elif not was[i]:
             lines.append((f"+{text}", "green"))
         else:
-            lines.append((f"-{text}", "firebrick"))
+            lines.append((text, "black"))
     return lines
 
 
@@ -1000,7 +999,7 @@ def figure(title, outcomes, rows, task):
     scale = changes.abs().max().clamp(min=1 / 255)
     side = 900 // len(headings)
     images = torch.cat([pixels, 0.5 + 0.5 * changes / scale])
-    images = F.interpolate(images, (side - 4, side - 4), mode="bilinear", antialias=True)
+    images = resize(images, side - 4)
     grid = to_pil_image(make_grid(images, len(headings), pad_value=1))
     page = Image.new("RGB", (900, 3000), "white")
     page.paste(grid, (0, 80))
@@ -1208,7 +1207,7 @@ def save_arrays(args, subject, outcomes):
     if subject.truth is not None:
         arrays["truth"] = subject.truth[:n]
     for name, outcome in outcomes.items():
-        arrays[f"adversarial-{name}"] = outcome.pixels[:n]
+        arrays[f"adversarial-{name}"] = outcome.pixels
         arrays[f"after-{name}"] = outcome.logits[:n]
     arrays["clean"] = arrays.pop("adversarial-clean")
     arrays["before"] = arrays.pop("after-clean")
@@ -1259,8 +1258,7 @@ def report(args, device, world, subject, rows, outcomes, record):
         record["labels_of_8_bit_image"] = labels
         record["8_bit_image_reaches_goal"] = reached
     for name, picture in pictures.items():
-        with common.whole_file(args.out / f"{name}.png") as file:
-            picture.save(file, "png")
+        common.save_png(args.out / f"{name}.png", picture)
     record.update(processes=world, images=subject.description)
     if world > 1:
         command = ["torchrun", "--nproc-per-node", str(world), *sys.argv]
@@ -1270,9 +1268,7 @@ def report(args, device, world, subject, rows, outcomes, record):
     print(title)
     for key in ("mAP", "accuracy"):
         if key in record:
-            value = record[key]
-            text = f"{value:.1%}" if key == "mAP" else common.cell(value)
-            print(f"{key} on these images: {text}")
+            print(f"{key} on these images: {common.cell(record[key])}")
     if args.image:
         for name, texts in labels.items():
             print(f"{name}: {', '.join(texts) or 'no label'}")

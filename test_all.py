@@ -67,6 +67,11 @@ def random_stream(seed=0):
     return torch.Generator().manual_seed(1000 * SEED + seed)
 
 
+def coco_flags(data, limit=None):
+    """The flags of a script that name COCO's photos."""
+    return argparse.Namespace(dataset="coco", data=data, limit=limit, seed=0)
+
+
 def photo_like(n, size, seed=0):
     """Images (n, 3, size, size) that differ in colour and brightness, as photos do."""
     stream = random_stream(seed)
@@ -437,7 +442,8 @@ def test_classes_of_coco_may_be_named_by_numbers(data, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "coco" / "val2017").symlink_to(data / "coco" / "val2017")
-    names = asl_model.load_data("coco", tmp_path, 32, "val2017")[2]
+    args = coco_flags(tmp_path)
+    names = asl_model.load_data(args, 32, "val2017")[2]
     assert sorted(names, key=int) == [str(i) for i in range(80)]
 
 
@@ -658,9 +664,9 @@ def test_week_1_trains_at_64_pixels_on_twelve_images(tmp_path):
     assert written == json.loads(json.dumps(record, default=str))
 
 
-@pytest.mark.parametrize("save_every", [3, 5])
-def test_a_training_resumes_to_the_same_bits(gan, tmp_path, save_every):
-    """Interrupted within the first epoch or at its end, in a file of an earlier version."""
+@pytest.mark.parametrize(("save_every", "flags"), [(3, DIGITS), (5, "--resume")])
+def test_a_training_resumes_to_the_same_bits(gan, tmp_path, save_every, flags):
+    """By the same command, or --resume; within the first epoch or at its end."""
     path = tmp_path / "checkpoint.pt"
     savetxt = np.savetxt
     with quick_week_1(save_every) as patch:
@@ -671,9 +677,7 @@ def test_a_training_resumes_to_the_same_bits(gan, tmp_path, save_every):
         content = torch.load(path)
         content["curve"] = [{"epochs": 0.2, "class_accuracy": 0.1}]
         torch.save(content, path)
-        with refused("unfinished training", "--resume", code=2):
-            week_1(tmp_path, DIGITS)
-        week_1(tmp_path, "--resume")
+        week_1(tmp_path, flags)
     resumed = torch.load(path)
     whole = torch.load(gan / "checkpoint.pt")
     for name in whole.keys() - {"kind", "settings", "history"}:
@@ -1121,9 +1125,9 @@ def test_ours_warms_up_falls_and_weighs_the_change_ever_more(networks, monkeypat
     monkeypatch.setattr(transfer, "loss_term", term_of)
     short_training(networks, "ours", steps=2)
     expected = []
-    for i in range(12):
-        expected.append(2e-3 * min(1, (i + 1) / 6) * (1 - i / 12))
-        expected.append(0.2 * min(1, i / (0.7 * 12)))
+    for i in range(16):
+        expected.append(2.5e-3 * min(1, (i + 1) / 6) * (1 - i / 16))
+        expected.append(0.24 * min(1, i / (0.7 * 16)))
     assert schedule == pytest.approx(expected)
 
 
@@ -1562,8 +1566,9 @@ def test_a_scene_shows_the_digits_of_its_labels(monkeypatch):
 
 def test_every_20th_photo_is_held_out_whatever_the_limit(data):
     """Whatever the seed; the labels are in the order that is asked for."""
-    whole, labels, names, _ = asl_model.load_data("coco", data, 32, "train2017")
-    args = argparse.Namespace(dataset="coco", data=data, image_size=32, seed=0)
+    args = coco_flags(data)
+    args.image_size = 32
+    whole, labels, names, _ = asl_model.load_data(args, 32, "train2017")
     for seed, limit in ((0, None), (3, 9)):
         args.seed = seed
         args.limit = limit
@@ -1573,10 +1578,11 @@ def test_every_20th_photo_is_held_out_whatever_the_limit(data):
         assert n == (6 if limit else 11)
         assert train[0].paths == whole.paths[1 : n + 1]
         assert torch.equal(train[1], labels[1 : n + 1])
-    reverse = asl_model.load_data("coco", data, 32, "train2017", names[::-1])
+    args.limit = None
+    reverse = asl_model.load_data(args, 32, "train2017", names[::-1])
     assert torch.equal(reverse[1], labels.flip(1))
     with refused("differ in", code=2):
-        asl_model.load_data("coco", data, 32, "val2017", [*names[1:], "yeti"])
+        asl_model.load_data(args, 32, "val2017", [*names[1:], "yeti"])
 
 
 def test_augmentation_is_cutout_then_randaugment(monkeypatch):
@@ -1643,10 +1649,11 @@ def saved(monkeypatch):
     return copies
 
 
+@pytest.mark.parametrize("flags", ["--resume", TRAINED])
 def test_a_stopped_training_resumes_to_the_same_bits(
-    trained, data, tmp_path, monkeypatch
+    trained, data, tmp_path, monkeypatch, flags
 ):
-    """--out is enough; a finished one is never repeated, nor taken for one with other flags."""
+    """By the same command, or --resume alone. A finished one is never repeated."""
     assert (trained["dataset_size"], trained["val2017"]["n"]) == (11, 3)
     predict = asl_model.predict
     stop = Mock(wraps=predict, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
@@ -1657,9 +1664,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(
     assert not list(tmp_path.glob("*.pth")), "no network that looks like a finished one"
     assert torch.load(tmp_path / "checkpoint.pt")["settings"]["device"] == "cpu"
     monkeypatch.setattr(asl_model, "predict", predict)
-    with refused("unfinished training", "--resume", code=2):
-        classifier(data, tmp_path, TRAINED)
-    assert classifier(data, tmp_path, "--resume")["val2017"] == trained["val2017"]
+    assert classifier(data, tmp_path, flags)["val2017"] == trained["val2017"]
     whole = torch.load(trained["settings"]["out"] / "checkpoint.pt")
     resumed = torch.load(tmp_path / "checkpoint.pt")
     for part in ("network", "average", "model"):
@@ -1894,8 +1899,6 @@ def test_the_scenes_classifier_is_cached_by_its_digits(data, tmp_path, monkeypat
     monkeypatch.setitem(asl_model.ARCHITECTURES, "tresnet_s", row)
     path = asl_model.default_weights("scenes", data, CPU)
     assert path == Path("runs/scenes_classifier/mnist/tresnet_s-scenes.pth")
-    command = json.loads((path.parent / "results.json").read_text())["command"]
-    assert command.startswith("python asl_model.py --train --dataset=scenes --data=")
     network, names = asl_model.load_asl(path)
     assert network.image_size == 32
     assert names == list("0123456789")
@@ -3248,8 +3251,9 @@ def peer_network(attackable, data):
     if "PEER" in os.environ:
         path, folder, name, n = os.environ["PEER"].split(maxsplit=3)
         network, names = asl_model.load_asl(path)
-        sizes = {"image_size": network.image_size, "split": "val2017", "limit": int(n)}
-        images = asl_model.load_data("coco", folder, names=names, **sizes)[0][:]
+        args = coco_flags(folder, int(n))
+        photos = asl_model.load_data(args, network.image_size, "val2017", names)[0]
+        images = photos[:]
         return network, images, names.index(name)
     network, _ = asl_model.load_asl(attackable.path)
     return network, asl_model.load_scenes(2, 32, 0, "mnist", data, "test")[0], 3

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -87,19 +87,32 @@ def parse_args(argv=None):
     parser = common.parser(
         "transfer.py",
         __doc__,
-        Path("runs/transfer"),
+        "runs/transfer",
         ("auto", "mnist", "glyphs"),
         "the digits; auto: those that the generator was trained on",
         "train on the first N images",
     )
     add = parser.add_argument
     number = common.number
-    rows = list(VARIANTS)
-    week_1 = "runs/acwgan/checkpoint.pt"
-    add("--generator", type=Path, default=week_1, help="week 1's checkpoint")
-    add("--variant", nargs="+", choices=rows, default=rows, help="rows to train")
-    text = "training steps per row (ours: 8 times as many)"
-    add("--steps", type=number(int, 1), default=800, help=text)
+    add(
+        "--generator",
+        type=Path,
+        default="runs/acwgan/checkpoint.pt",
+        help="week 1's checkpoint",
+    )
+    add(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="rows to train",
+    )
+    add(
+        "--steps",
+        type=number(int, 1),
+        default=800,
+        help="training steps per row (ours: 8 times as many)",
+    )
     add(
         "--samples",
         type=number(int, 20),
@@ -244,8 +257,9 @@ def wanted_classes(variant, labels):
 
 def margin(logits, labels):
     """Each label's logit minus the largest other one, (N,); above 0, the label is predicted."""
-    label = logits.gather(1, labels[:, None])[:, 0]
-    return label - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    index = labels[:, None]
+    label = logits.gather(1, index)[:, 0]
+    return label - logits.scatter(1, index, -torch.inf).amax(1)
 
 
 def pgd(network, images, labels, eps=0.3, alpha=0.02, steps=40, noise=0.0):
@@ -268,13 +282,13 @@ def carlini_wagner(network, images, wanted, searches=6, steps=150, lr=0.05):
     bisects c for each image. An upper bound: more steps find slightly less; changes below some
     7 * lr are overshot. Images (N, 1, 28, 28) in [0, 1] return unchanged where all fail."""
     best = images.clone()
-    smallest = images.new_full((len(images),), torch.inf)
+    smallest = images.new_full(wanted.shape, torch.inf)
     low = torch.zeros_like(smallest)
     high = smallest.clone()
     c = torch.ones_like(smallest)
     bar = common.progress(desc="Carlini & Wagner, in steps", total=searches * steps)
     for _ in range(searches):
-        free = torch.atanh((2 * images - 1) * (1 - 1e-6)).requires_grad_()
+        free = torch.atanh((2 * images - 1) * 0.999999).requires_grad_()
         adam = Adam([free], lr)
         succeeded = torch.zeros_like(wanted, dtype=torch.bool)
         for _ in range(steps):
@@ -307,8 +321,13 @@ def load_networks(out, dataset, images, labels, original, critic):
     for name, (make, arguments, training, attack) in CLASSIFIERS.items():
         torch.manual_seed(training["seed"])
         network = make(*arguments).to(device)
-        recipe = {"network": str(network), "dataset": dataset, "images": len(images)}
-        recipe.update(training, attack=attack)
+        recipe = {
+            "network": str(network),
+            "dataset": dataset,
+            "images": len(images),
+            **training,
+            "attack": attack,
+        }
         if attack:
             attack = functools.partial(pgd, **attack)
         path = out / f"{name}.pt"
@@ -409,9 +428,9 @@ def train(name, args, networks, real_images, real_labels):
             images = generator(latent, labels).float()
         if variant.critic_trains:
             rows = torch.randint(len(real_images), (BATCH_SIZE,), device=device)
-            real = real_images[rows]
-            fake = images.detach()
-            acwgan.critic_step(critic, critic_adam, real, real_labels[rows], fake)
+            acwgan.critic_step(
+                critic, critic_adam, real_images[rows], real_labels[rows], images.detach()
+            )
         loss = 0
         # a new context: the one above cached the critic's weights from before its step
         with acwgan.autocast(device):
@@ -475,8 +494,13 @@ def measure(images, original, labels, variant, networks):
     change = (images - original)[counted]
     row["l2"] = mean_l2(change)
     row["linf"] = change.abs().flatten(1).amax(1).mean().item()
-    classes = {"target": wanted, "predicted": predicted}
-    return row, {**classes, "judge": judge, "pgd_judge": pgd_judge}
+    classes = {
+        "target": wanted,
+        "predicted": predicted,
+        "judge": judge,
+        "pgd_judge": pgd_judge,
+    }
+    return row, classes
 
 
 NEXT = "digits 0 to 9; the target classifier should say 1, 2, ..., 9, 0."
@@ -500,15 +524,15 @@ PAGES = {  # the caption and the rows of each
 
 def write_predictions(ink, top, classes):
     """Write under the first ten digits, of the classes 0 to 9, what the classifiers predict."""
-    small = ImageFont.load_default(14)
     for y in range(10):
         x = 197 + 86 * y
         predicted = classes["predicted"][y]
         colour = "green" if predicted == classes["target"][y] else "firebrick"
-        ink.text((x, top), f"target: {predicted}", colour, small)
+        ink.text((x, top), f"target: {predicted}", colour, font_size=14)
         judges = [classes["judge"][y], classes["pgd_judge"][y]]
         colour = "green" if judges == [y, y] else "firebrick"
-        ink.text((x, top + 15), "judges: {}, {}".format(*judges), colour, small)
+        text = "judges: {}, {}".format(*judges)
+        ink.text((x, top + 15), text, colour, font_size=14)
 
 
 def write_figures(out, drawn, predictions):
@@ -525,16 +549,14 @@ def write_figures(out, drawn, predictions):
         names = [name for name in names if name in lines]
         page = Image.new("RGB", (1060, 62 + 124 * len(names)), "white")
         ink = ImageDraw.Draw(page)
-        ink.font = ImageFont.load_default(17)
-        ink.text((8, 8), caption, "black")
+        ink.text((8, 8), caption, "black", font_size=17)
         for i, name in enumerate(names):
             top = 62 + 124 * i
             page.paste(acwgan.grid(lines[name], 10), (192, top))
-            ink.text((8, top + 44), name, "black", anchor="lm")
+            ink.text((8, top + 44), name, "black", anchor="lm", font_size=17)
             if name in predictions:
                 write_predictions(ink, top + 86, predictions[name])
-        with common.whole_file(out / f"{title}.png") as file:
-            page.save(file, "png")
+        common.save_png(out / f"{title}.png", page)
 
 
 COLUMNS = {
@@ -617,8 +639,11 @@ def main(argv=None):
         for name, generator in generators.items():
             if generator is None:
                 generator = train(name, args, networks, real_images, real_labels)
-                checkpoint = {"kind": "transfer", "settings": made_with[name]}
-                checkpoint["generator"] = generator.state_dict()
+                checkpoint = {
+                    "kind": "transfer",
+                    "settings": made_with[name],
+                    "generator": generator.state_dict(),
+                }
                 common.save(out / f"generator-{name}.pt", checkpoint)
             generator.to(device).eval()
             drawn[name] = acwgan.generate(generator, labels, args.seed)
