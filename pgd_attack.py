@@ -472,8 +472,8 @@ def bce(logits, wanted, target, threshold):
 def softmax_bce(logits, wanted, target=None, threshold=None):
     """Weeks 4 and 5: binary cross-entropy of a softmax; labels compete, as they sum to 1.
 
-    It is linear in the wanted values. Torch's own, which cuts log(p) at -100, refuses those outside
-    [0, 1], such as the raw logits that the log's week 4 used, so they weigh torch's for 1 and 0.
+    Torch refuses wanted values outside [0, 1], such as the raw logits of the log's week 4. The loss
+    is linear in them, so it is the weighted sum of torch's losses for 1 and for 0.
     """
     p = logits.softmax(1)
     present = F.binary_cross_entropy(p, torch.ones_like(p), reduction="none")

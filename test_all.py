@@ -385,6 +385,15 @@ def test_mnist_is_read_byte_for_byte_or_replaced(data, tmp_path, capsys):
     raw = np.random.default_rng(20).integers(0, 256, (20, 1, 28, 28), np.uint8)
     assert torch.equal(images, torch.from_numpy(raw).float() / 255)
     folder = shutil.copytree(data / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
+    path = folder / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([10]))
+    with refused("a label is above 9", "delete"):
+        common.load_mnist(tmp_path, train=False)
+    path.write_bytes(struct.pack(">II", 0x0801, 19) + content[8:-1])
+    with refused("shape", "delete"):  # 19 labels for 20 digits
+        common.load_mnist(tmp_path, train=False)
+    path.write_bytes(content)
     os.truncate(folder / "t10k-images-idx3-ubyte", 999)
     with refused(folder, "delete", "--dataset glyphs"):
         common.load_digits("mnist", tmp_path, train=False)

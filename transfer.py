@@ -75,8 +75,8 @@ ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust h
 BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that keeps training
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
-# most seeds give an untrained classifier that always, or never, takes digits for a 7; this one does
-# so in one of ten, as by chance
+# With most seeds, an untrained classifier takes nearly all digits for a 7, or nearly none; with this
+# one, about a tenth.
 RANDOM_TARGET_SEED = 25
 VERSION = 2  # raised where generators that earlier code trained must not be reused
 CW_DIGITS = 200  # digits for Carlini & Wagner's search, which is slow
@@ -127,7 +127,7 @@ def parse_args(argv=None):
 
 
 def model_a():
-    """Model A of Tramer et al. 2018 (arXiv 1705.07204), but with a stride of 2, for speed."""
+    """Model A of Tramer et al. 2018 (arXiv 1705.07204), but its first stride is 2, for speed."""
     layers = [nn.Conv2d(1, 64, 5, 2), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU()]
     layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(4096, 128), nn.ReLU()]
     layers.append(nn.Dropout(0.5))
