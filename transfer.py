@@ -75,8 +75,8 @@ ROBUST_MARGIN = 2.0  # by which the digit's own class should lead, see "robust h
 BATCH_SIZE = 64  # digits in a step
 CRITIC_RATE = 1e-3  # learning rate of a critic that keeps training
 BANK_BATCHES = 7  # earlier batches that join the newest one in the Frechet distance
-# With most seeds, an untrained classifier takes nearly all digits for a 7, or nearly none; with this
-# one, about a tenth.
+# with most seeds, an untrained classifier takes nearly all digits for a 7, or nearly none; with
+# this one, about a tenth
 RANDOM_TARGET_SEED = 25
 VERSION = 2  # raised where generators that earlier code trained must not be reused
 CW_DIGITS = 200  # digits for Carlini & Wagner's search, which is slow
