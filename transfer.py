@@ -195,7 +195,10 @@ class Refiner(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latent, labels):
-        images = self.original(latent, labels).float()
+        return self.refine(self.original(latent, labels).float(), labels)
+
+    def refine(self, images, labels):
+        """Add the residual to week 1's images (N, 1, 28, 28) of these labels (N,)."""
         maps = F.pixel_unshuffle(2 * images - 1, 2)
         maps = self.first(maps.contiguous(memory_format=torch.channels_last))
         classes = self.classes(F.one_hot(labels, CLASSES).float())
@@ -374,9 +377,10 @@ class FeatureBank:
         return len(bank) / len(features) * distance
 
 
-def loss_term(term, networks, bank, images, latent, labels, wanted):
-    """One term of a row's loss, a scalar, for images (N, 1, 28, 28) in [0, 1], drawn from latent
-    (N, latent) and labels (N,), that should pass for the wanted classes (N,)."""
+def loss_term(term, networks, bank, images, original, labels, wanted):
+    """One term of a row's loss, a scalar, for images (N, 1, 28, 28) in [0, 1] of the classes
+    `labels` (N,) that should pass for the wanted ones (N,). original: week 1's images of the same
+    latents, which the distances need."""
     match term:
         case "critic":
             return -networks.critic(images)[0].mean()
@@ -387,7 +391,6 @@ def loss_term(term, networks, bank, images, latent, labels, wanted):
         case "frechet":
             return bank.distance(images)
         case "euclidean" | "noisy euclidean":
-            original = networks.original(latent, labels).float()
             if term == "noisy euclidean":  # AT-GAN's equation 5
                 original = original + 0.1 * torch.randn_like(original)
             return (images - original).square().flatten(1).sum(1).mean()
@@ -415,6 +418,10 @@ def train(name, args, networks, real_images, real_labels):
         critic_adam = Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
         networks = networks._replace(critic=critic)
     bank = FeatureBank(networks.auxiliary, real_images)
+    needs_original = (
+        "euclidean" in variant.weights or "noisy euclidean" in variant.weights
+    )
+    original = None
     for step in common.progress(range(steps), name, unit="step"):
         weights = dict(variant.weights)
         if variant.scheduled:
@@ -425,7 +432,12 @@ def train(name, args, networks, real_images, real_labels):
         labels = torch.randint(CLASSES, (BATCH_SIZE,), device=device)
         wanted = wanted_classes(variant, labels)
         with acwgan.autocast(device):
-            images = generator(latent, labels).float()
+            if needs_original:
+                original = networks.original(latent, labels).float()
+            if variant.start == "refiner":
+                images = generator.refine(original, labels)
+            else:
+                images = generator(latent, labels).float()
         if variant.critic_trains:
             rows = torch.randint(len(real_images), (BATCH_SIZE,), device=device)
             acwgan.critic_step(
@@ -435,7 +447,7 @@ def train(name, args, networks, real_images, real_labels):
         # a new context: the one above cached the critic's weights from before its step
         with acwgan.autocast(device):
             for term, weight in weights.items():
-                value = loss_term(term, networks, bank, images, latent, labels, wanted)
+                value = loss_term(term, networks, bank, images, original, labels, wanted)
                 loss += weight * value
         if not loss.isfinite():
             raise Failure(f"{name}: the loss is not finite; lower lr in VARIANTS")
