@@ -46,6 +46,11 @@ CPU = torch.device("cpu")
 NOWHERE = "http://127.0.0.1:9/"  # refuses every connection at once
 
 
+def quoted(path):
+    """A path that may hold spaces, in a string of flags."""
+    return shlex.quote(str(path))
+
+
 @contextlib.contextmanager
 def refused(*words, code=1):
     """Assert that a `Failure` with `code` is raised, one short line that holds all `words`."""
@@ -519,7 +524,7 @@ def quick_week_1(save_every=7):
 
 
 def week_1(out, flags):
-    return acwgan.main([*flags.split(), "--out", str(out)])
+    return acwgan.main([*shlex.split(flags), "--out", str(out)])
 
 
 def contents(folder):
@@ -1060,7 +1065,7 @@ def test_the_terms_of_the_losses_are_their_formulas(networks):
         "noisy euclidean": torch.tensor(784 * (0.5**2 + 0.1**2)),
     }
     for name, expected in terms.items():
-        term = transfer.loss_term(name, networks, None, images, latent, labels, wanted)
+        term = transfer.loss_term(name, networks, None, images, original, labels, wanted)
         assert term.item() == pytest.approx(expected.item(), rel=0.02), name
 
 
@@ -1072,19 +1077,30 @@ def short_training(networks, name, steps=1):
 
 
 def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monkeypatch):
-    """By the learning rate, as Adam's first step is; and no other network."""
+    """By the learning rate, as Adam's first step is, for its own terms; and no other network."""
     frozen = copy.deepcopy(networks)
     critics = []
     targets = []
+    values = {}
     term_of = transfer.loss_term
 
     def record(term, networks, *rest):
         critics.append(networks.critic.heads.weight.detach().clone())
         targets.append(networks.target)
-        return term_of(term, networks, *rest)
+        value = term_of(term, networks, *rest)
+        values.setdefault(term, value)  # of the first step
+        return value
 
     monkeypatch.setattr(transfer, "loss_term", record)
-    for name in ("scratch", "as-logged", "adversarial", "fid", "scratch-live"):
+    expected = {
+        "scratch": {"critic", "auxiliary", "adversarial"},
+        "as-logged": {"auxiliary"},
+        "adversarial": {"auxiliary", "adversarial"},
+        "fid": {"auxiliary", "adversarial", "frechet"},
+        "scratch-live": {"critic", "auxiliary", "adversarial"},
+    }
+    for name, terms in expected.items():
+        values.clear()
         variant = transfer.VARIANTS[name]
         torch.manual_seed(SEED)
         before = transfer.new_generator(variant, networks.original).project.weight
@@ -1094,7 +1110,14 @@ def test_a_training_moves_its_generator_and_scratch_lives_critic(networks, monke
         rate = 1e-3 if name == "scratch-live" else 0
         assert step == pytest.approx(rate, rel=0.01)
         assert targets[-1] is getattr(networks, variant.target)
+        assert values.keys() == terms
+    values.clear()
+    short_training(networks, "euclidean")
+    assert values.keys() == {"auxiliary", "adversarial", "noisy euclidean"}
+    values.clear()
     short_training(networks, "ours")
+    assert values.keys() == {"adversarial hinge", "robust hinge", "euclidean"}
+    assert values["euclidean"] == 0  # it starts as week 1's generator
     for network, same in zip(networks, frozen, strict=True):
         for key, weight in network.state_dict().items():
             assert torch.equal(weight, same.state_dict()[key])
@@ -1628,7 +1651,7 @@ TRAINED = f"{SMALL} --threshold 0.01 --seed {2**32}"
 def classifier(data, out, flags):
     """What `asl_model.main` returns for these flags, in one text, on the made-up photos."""
     return asl_model.main(
-        [*flags.split(), f"--data={data}", f"--out={out}", "--device=cpu"]
+        [*shlex.split(flags), f"--data={data}", f"--out={out}", "--device=cpu"]
     )
 
 
@@ -1723,10 +1746,10 @@ def test_a_training_is_not_taken_for_one_of_other_photos(
 def test_a_training_from_weights_has_their_architecture(data, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(asl_model.new_network("tresnet_s", 7).state_dict(), path)
-    flags = f"--train --dataset coco --data {data} --weights {path}"
-    assert asl_model.parse_args(flags.split()).arch == "tresnet_s"
+    flags = f"--train --dataset coco --data {quoted(data)} --weights {quoted(path)}"
+    assert asl_model.parse_args(shlex.split(flags)).arch == "tresnet_s"
     torch.save({"a": torch.zeros(2)}, path)
-    assert asl_model.parse_args(flags.split()).arch == "tresnet_m"
+    assert asl_model.parse_args(shlex.split(flags)).arch == "tresnet_m"
 
 
 def test_training_is_one_cycle_and_averages_weights(data, tmp_path, monkeypatch, saved):
@@ -1842,7 +1865,7 @@ def test_a_new_last_layer_first_learns_alone(data, tmp_path, monkeypatch, saved)
     monkeypatch.setattr(torchvision.models, "get_model", small_resnet)
     start = asl_model.new_network("resnet18", 1000).state_dict()
     torch.save(start, tmp_path / "imagenet.pth")
-    flags = f"--arch resnet18 --weights {tmp_path / 'imagenet.pth'}"
+    flags = f"--arch resnet18 --weights {quoted(tmp_path / 'imagenet.pth')}"
     small = "--train --dataset coco --image-size 32 --batch-size 4 --epochs 2"
     classifier(data, tmp_path / "out", f"{small} {flags}")
     states = saved[1:5]
@@ -1877,7 +1900,7 @@ def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkey
     monkeypatch.setattr(asl_model, "augment", as_they_are)
     classifier(data, tmp_path, f"{SMALL} --batch-size 6 --epochs 40")
     before = (tmp_path / "results.json").read_text()
-    weights = f"--weights {tmp_path / 'tresnet_s-coco.pth'}"
+    weights = f"--weights {quoted(tmp_path / 'tresnet_s-coco.pth')}"
     read = Mock(wraps=asl_model.read_batches)
     monkeypatch.setattr(asl_model, "read_batches", read)
     flags = f"--evaluate {weights} --split train2017 --batch-size 5"
@@ -1885,7 +1908,7 @@ def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkey
     assert (seen["train2017"]["mAP"], seen["train2017"]["n"]) == (1, 12)
     assert [len(rows) for rows in read.call_args.args[1]] == [5, 5, 2]
     photo = data / "coco" / "train2017" / "0.png"
-    flags = f"--image {photo} {weights} --threshold 0.3"
+    flags = f"--image {quoted(photo)} {weights} --threshold 0.3"
     told = classifier(data, tmp_path, flags)["labels"]
     assert next(iter(told)) == "name 60"
     assert min(told.values()) > 0.3
@@ -2403,7 +2426,7 @@ IMAGENET_ATTACK.update(alpha=2 / 255, steps=40)
     ],
 )
 def test_the_defaults_of_an_attack_are_these(flags, folder, expected):
-    args = pgd_attack.parse_args(flags.split())
+    args = pgd_attack.parse_args(shlex.split(flags))
     assert args.out == Path("runs/pgd_attack", folder)
     for name, value in {"loss": "margin", "gradient": "right", **expected}.items():
         assert getattr(args, name) == value, name
@@ -2441,8 +2464,8 @@ def attackable(tmp_path_factory, data):
     content = {"model": network.state_dict(), "arch": "tresnet_s", "norm": "batch norm"}
     content.update(image_size=32, idx_to_class=dict(enumerate("0123456789")))
     torch.save(content, path)
-    flags = f"--device cpu --dataset scenes --limit 6 --target 3 --data {data}"
-    return Attackable(path, [*flags.split(), "--weights", str(path)])
+    flags = f"--device cpu --dataset scenes --limit 6 --target 3 --data {quoted(data)}"
+    return Attackable(path, [*shlex.split(flags), "--weights", str(path)])
 
 
 def short_rows(args, rows_of=pgd_attack.rows_of):
@@ -2457,7 +2480,7 @@ def short(monkeypatch):
 
 def attack(attackable, out, flags):
     """What `pgd_attack.main` returns for these flags, in one text, on the random network."""
-    return pgd_attack.main([*attackable.flags, *flags.split(), "--out", str(out)])
+    return pgd_attack.main([*attackable.flags, *shlex.split(flags), "--out", str(out)])
 
 
 class Attack(NamedTuple):
@@ -2561,7 +2584,7 @@ def test_other_settings_or_a_damaged_record_are_not_overwritten(
 def test_another_networks_results_are_not_overwritten(attackable, tmp_path, capsys):
     """The file has the same name, as after a new training. The wrong gradient is a flag, too."""
     path = shutil.copy(attackable.path, tmp_path)
-    flags = f"--weights {path} --gradient {pgd_attack.INPLACE_ABN} --steps 1 --limit 2"
+    flags = f"--weights {quoted(path)} --gradient {pgd_attack.INPLACE_ABN} --steps 1 --limit 2"
     record = attack(attackable, tmp_path / "out", flags)
     assert record["rows"]["margin"]["gradient"] == pgd_attack.INPLACE_ABN
     assert "WARNING: the gradient is WRONG" in capsys.readouterr().out
@@ -2926,8 +2949,8 @@ def test_week_4_attacks_digits_from_the_command_to_the_table(
     network = acwgan.evaluation_network().eval()
     classify = Mock(return_value=network)
     monkeypatch.setattr(acwgan, "evaluation_classifier", classify)
-    flags = f"--week 4 --dataset mnist --limit 5 --target 8 --device cpu --data {data}"
-    record = pgd_attack.main([*flags.split(), "--out", str(tmp_path)])
+    flags = f"--week 4 --dataset mnist --limit 5 --target 8 --device cpu --data {quoted(data)}"
+    record = pgd_attack.main([*shlex.split(flags), "--out", str(tmp_path)])
     names = [row.name for row in pgd_attack.WEEK_4]
     assert list(record["rows"]) == [*names, "corrected-inplace-abn", "corrected"]
     assert record["rows"]["corrected"]["eps"] == 0.3
@@ -3013,9 +3036,9 @@ def test_week_4_attacks_photos_from_the_command_to_the_table(
     spy = Mock(wraps=pgd_attack.attack_top_class)
     monkeypatch.setattr(pgd_attack, "attack_top_class", spy)
     monkeypatch.setattr(pgd_attack, "gradient_error", Mock(return_value=0.5))
-    flags = f"--week 4 --model squeezenet1_1 --weights {path} --device cpu"
-    flags += f" --data {tmp_path} --out {tmp_path / 'out'}"
-    record = pgd_attack.main(flags.split())
+    flags = f"--week 4 --model squeezenet1_1 --weights {quoted(path)} --device cpu"
+    flags += f" --data {quoted(tmp_path)} --out {quoted(tmp_path / 'out')}"
+    record = pgd_attack.main(shlex.split(flags))
     assert record["dataset_size"] == record["accuracy"]["n"] == 1
     for module in spy.call_args.args[0].modules():
         assert not module.training
@@ -3033,9 +3056,13 @@ def test_week_4_attacks_photos_from_the_command_to_the_table(
 def test_week_4_takes_cocos_photos_or_one(data, tmp_path):
     path = published_file("squeezenet1_1", tmp_path)
     photo = data / "coco" / "val2017" / "0.png"
-    for source, n in {"--dataset coco --limit 3": 3, f"--image {photo}": 1}.items():
-        flags = f"--week 4 --model squeezenet1_1 --weights {path} --data {data} {source}"
-        args = pgd_attack.parse_args(flags.split())
+    for source, n in {
+        "--dataset coco --limit 3": 3,
+        f"--image {quoted(photo)}": 1,
+    }.items():
+        flags = f"--week 4 --model squeezenet1_1 --weights {quoted(path)} {source}"
+        flags += f" --data {quoted(data)}"
+        args = pgd_attack.parse_args(shlex.split(flags))
         subject = pgd_attack.single_label_subject(args, CPU)
         assert subject.images[:].shape == (n, 3, 224, 224)
         assert subject.images.paths[0] == photo
@@ -3115,7 +3142,7 @@ def test_misuse_is_named_and_help_is_complete(script, tmp_path, monkeypatch, cap
     monkeypatch.setenv("COLUMNS", "100")
     for flags in MISUSE[script].split(", "):
         with pytest.raises(SystemExit, match="2"):
-            script.parse_args(flags.split())
+            script.parse_args(shlex.split(flags))
         line = capsys.readouterr().err.splitlines()[-1]
         assert re.findall(r"--[\w-]+", flags)[-1] in line
     assert os.listdir(tmp_path) == []
