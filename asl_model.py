@@ -123,7 +123,7 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
             p.error(f"--resume continues {path}, which must exist; --force starts anew")
-        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
+        checkpoint = common.load_checkpoint(path, "delete it to train anew", "asl_model")
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
         arch = args.arch or DEFAULT_ARCH[args.dataset]
@@ -689,7 +689,7 @@ def training_checkpoint(path, finished, args):
     """
     flags = {name: getattr(args, name) for name in MUST_MATCH}
     if path.exists() and not args.force:
-        checkpoint = common.load_checkpoint(path, "train anew with --force", "asl_model")
+        checkpoint = common.load_checkpoint(path, "delete it to train anew", "asl_model")
         common.require_same(path, checkpoint["settings"], flags)
         return checkpoint
     if finished.exists() and not args.force:

@@ -3282,10 +3282,10 @@ def peer_gmla(network, images, wanted, target, eps, gradients, near=4):
 def peer_network(attackable, data):
     """A network, its images and its target: a random one, or those that PEER names.
 
-    PEER="weights data target photos": of COCO's val2017, for the table in the README.
+    PEER="weights data photos target": of COCO's val2017, for the table in the README.
     """
     if "PEER" in os.environ:
-        path, folder, name, n = os.environ["PEER"].split(maxsplit=3)
+        path, folder, n, name = os.environ["PEER"].split(maxsplit=3)
         network, names = asl_model.load_asl(path)
         args = coco_flags(folder, int(n))
         photos = asl_model.load_data(args, network.image_size, "val2017", names)[0]
