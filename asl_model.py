@@ -392,8 +392,7 @@ inplace_abn_1_0_12 = InplaceABN1012
 def published_weights(name, data_dir):
     """The path of torchvision's published weights of its network `name`, downloaded if absent."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
-    path = Path(data_dir, Path(url).name)
-    return common.download(url, path)
+    return common.download(url, data_dir)
 
 
 def default_weights(dataset, data_dir, device):
@@ -407,8 +406,7 @@ def default_weights(dataset, data_dir, device):
     if dataset == "scenes":
         return scenes_weights(data_dir, device)
     try:
-        file = "MS_COCO_TRresNet_M_224_81.8.pth"
-        return common.download(ZOO + file, Path(data_dir, file))
+        return common.download(ZOO + "MS_COCO_TRresNet_M_224_81.8.pth", data_dir)
     except Failure as problem:
         raise Failure(
             "there is no COCO classifier here; train one (35 minutes on two CPU cores): python "

@@ -17,6 +17,7 @@ import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -313,9 +314,10 @@ def write_results(args, device, numbers, **facts):
     return record
 
 
-def download(url, path):
-    """Fetch `url` to `path` unless it is there. The names of PyTorch's files (x-0123abcd.pth)
-    contain the first digits of their SHA-256, which are checked."""
+def download(url, folder):
+    """The path of `url`'s file in `folder`, fetched unless it is there. The names of PyTorch's
+    files (x-0123abcd.pth) contain the first digits of their SHA-256, which are checked."""
+    path = Path(folder, Path(url).name)
     if path.exists():
         return path
     try:
@@ -381,15 +383,15 @@ def frechet_distance_torch(x, y):
     return (separate - 2 * cross).to(x.dtype).to(x)
 
 
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
-    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
 )
 
 
 def inception_weights(data_dir):
-    """The path of INCEPTION in `data_dir`, downloaded if absent."""
-    return download(INCEPTION_URL, Path(data_dir, INCEPTION))
+    """The path of INCEPTION_URL's file in `data_dir`, downloaded if absent."""
+    return download(INCEPTION_URL, data_dir)
 
 
 def inception_features(images, weights=None, device="cpu"):
@@ -397,7 +399,8 @@ def inception_features(images, weights=None, device="cpu"):
 
     The network is TensorFlow's Inception v3: torchvision's with 1,008 outputs, average pooling that
     does not count the padding, and max pooling in the last block. `weights` is the path of
-    INCEPTION, downloaded to data/ if None. Raises Failure for another network's weights, or NaN.
+    INCEPTION_URL's file, downloaded to data/ if None. Raises Failure for another network's weights,
+    or NaN.
     """
     images = torch.as_tensor(images)
     fit = images.ndim == 4 and images.shape[1] in (1, 3) and len(images)
@@ -536,8 +539,9 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         if path.exists():
             text = path.read_bytes()
         else:  # all annotations come in one file of 241 MB
-            path = folder / "annotations/annotations_trainval2017.zip"
-            download(f"{COCO_URL}annotations/{path.name}", path)
+            path = download(
+                f"{COCO_URL}annotations/annotations_trainval2017.zip", path.parent
+            )
             text = zipfile.ZipFile(path).read(name)
         content = json.loads(text)
         files = dict(sorted((row["id"], row["file_name"]) for row in content["images"]))
@@ -551,8 +555,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
             column = classes.index(names[annotation["category_id"]])
             row_of[annotation["image_id"]][column] = 1
         # folders in a file name are dropped, so that no photo lands elsewhere
-        paths = [folder / split / Path(file).name for file in files.values()]
-        if not 0 < len(set(paths)) == len(content["images"]):
+        urls = [f"{COCO_URL}{split}/{Path(file).name}" for file in files.values()]
+        if not 0 < len(set(urls)) == len(content["images"]):
             raise ValueError("it has no photo, or one twice")
     except Failure:
         raise
@@ -560,8 +564,8 @@ def load_coco(data_dir, image_size, limit=None, split="val2017"):
         raise Failure(
             f"{path} is not in COCO's format ({problem!r}); fix it, or delete it for a new copy"
         ) from None
-    paths = paths[:limit]
-    urls = [f"{COCO_URL}{split}/{path.name}" for path in paths]
+    urls = urls[:limit]
     with ThreadPoolExecutor(8) as pool:
-        list(progress(pool.map(download, urls, paths), "photos", len(paths)))
+        downloads = pool.map(download, urls, repeat(folder / split))
+        paths = list(progress(downloads, "photos", len(urls)))
     return Photos(paths, image_size), labels[:limit], classes

@@ -280,23 +280,24 @@ def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch)
 
 
 def test_a_download_is_the_whole_file_or_leaves_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "x"
-    url = (tmp_path / "file").as_uri()
-    (tmp_path / "file").write_text("content")
+    folder = tmp_path / "new"
     for name in ("x-00000000.pth", "x-ed7002b400.pth"):
-        with refused(url, f"put that file at {path.with_name(name)}"):
-            common.download(url, path.with_name(name))
+        (tmp_path / name).write_text("content")
+        url = (tmp_path / name).as_uri()
+        with refused(url, f"put that file at {folder / name}"):
+            common.download(url, folder)
     answer = io.BytesIO(b"content")
     answer.headers = {"Content-Length": "8"}
     with monkeypatch.context() as patch, refused("incomplete"):
         urlopen = Mock(return_value=answer)
         patch.setattr("urllib.request.urlopen", urlopen)
-        common.download(url, path)
+        common.download(f"{NOWHERE}x", folder)
     assert urlopen.call_args.kwargs == {"timeout": 20}
-    assert not path.parent.exists()
-    path = path.with_name("x-ed7002b4.pth")  # how the SHA-256 of "content" begins
-    common.download(url, path)
-    common.download(NOWHERE, path)  # which is there
+    assert not folder.exists()
+    name = "x-ed7002b4.pth"  # how the SHA-256 of "content" begins
+    (tmp_path / name).write_text("content")
+    path = common.download((tmp_path / name).as_uri(), folder)
+    assert common.download(NOWHERE + name, folder) == path  # which is there
     assert path.read_text() == "content"
 
 
@@ -1851,9 +1852,9 @@ def test_resnets_start_from_imagenets_published_weights(tmp_path, monkeypatch):
     args = argparse.Namespace(arch="resnet18", weights=None, data=tmp_path)
     with refused("not downloaded"):
         asl_model.starting_network(args, ["cat"])
-    url, path = download.call_args.args
+    url, folder = download.call_args.args
     assert url.endswith("/resnet18-f37072fd.pth")
-    assert path == tmp_path / "resnet18-f37072fd.pth"
+    assert folder == tmp_path
 
 
 def test_a_new_last_layer_first_learns_alone(data, tmp_path, monkeypatch, saved):
