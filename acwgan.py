@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
-from common import Failure
+from common import Failure, autocast
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -275,11 +275,6 @@ def open_checkpoint(args, dataset, n):
         "total_steps": n // args.batch_size * args.epochs,
         "history": [],
     }
-
-
-def autocast(device):
-    """Compute in bfloat16 if `device` multiplies it in hardware, else in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
 
 
 def critic_step(critic, adam, real, labels, fake):

@@ -777,7 +777,7 @@ def train(args, device, names):
         for name, weight in network.named_parameters():
             weight.requires_grad_(step > head_steps or "fc." in name)
         adam.param_groups[0]["lr"] = learning_rate(args.lr, step, head_steps, total)
-        with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
+        with common.autocast(device):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))
         adam.zero_grad()

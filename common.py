@@ -149,6 +149,11 @@ def has_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def autocast(device):
+    """Compute in bfloat16 if `device` multiplies it in hardware, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+
 def progress(*args, **kwargs):
     """A tqdm bar; if stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():

@@ -28,7 +28,7 @@ from torch.optim import SGD, Adam
 import acwgan
 import common
 from acwgan import CLASSES, cnn
-from common import Failure
+from common import Failure, autocast
 
 
 class Variant(NamedTuple):
@@ -431,7 +431,7 @@ def train(name, args, networks, real_images, real_labels):
         latent = torch.randn(BATCH_SIZE, generator.latent, device=device)
         labels = torch.randint(CLASSES, (BATCH_SIZE,), device=device)
         wanted = wanted_classes(variant, labels)
-        with acwgan.autocast(device):
+        with autocast(device):
             if needs_original:
                 original = networks.original(latent, labels).float()
             if variant.start == "refiner":
@@ -445,7 +445,7 @@ def train(name, args, networks, real_images, real_labels):
             )
         loss = 0
         # a new context: the one above cached the critic's weights from before its step
-        with acwgan.autocast(device):
+        with autocast(device):
             for term, weight in weights.items():
                 value = loss_term(term, networks, bank, images, original, labels, wanted)
                 loss += weight * value
