@@ -29,7 +29,7 @@ from PIL import ImageDraw
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
@@ -77,7 +77,6 @@ MUST_MATCH = (
     "weights",
 )
 COCO_DETECTOR = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
-EPS = 1e-5  # of InPlace-ABN and batch norm
 
 
 def parse_args(argv=None):
@@ -157,16 +156,16 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
 # --- networks
 
 
-class NormAct(nn.Module):
+class NormAct(nn.BatchNorm2d):
     """Batch norm, then leaky ReLU of the given slope (1: none), with InPlace-ABN's parameters."""
 
     def __init__(self, channels, slope):
-        super().__init__()
+        super().__init__(channels)
         self.slope = slope
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        # InPlace-ABN's state dicts have no number of batches; without the second line,
+        # load_state_dict would miss it
+        self.num_batches_tracked = None
+        self.track_running_stats = False
 
     def forward(self, x):
         x = F.batch_norm(
@@ -274,15 +273,7 @@ def fold(network):
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight,
-                None,
-                norm.running_mean,
-                norm.running_var,
-                EPS,
-                norm.weight,
-                norm.bias,
-            )
+            module[0] = fuse_conv_bn_eval(conv, norm)
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
@@ -433,7 +424,7 @@ def inplace_abn_gammas(state):
     for name in state:
         if name.endswith("running_mean"):
             gamma = name.replace("running_mean", "weight")
-            converted[gamma] = state[gamma].float().abs() + EPS
+            converted[gamma] = state[gamma].float().abs() + 1e-5
     return converted
 
 
@@ -721,7 +712,7 @@ def training_parts(args, device, checkpoint, names, total):
         checkpoint["head_steps"] = head_epochs * total // args.epochs
     network.train().to(device, memory_format=torch.channels_last)
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             module.eval()  # the statistics of a ResNet stay those that its weights came with
     average = copy.deepcopy(network).eval().requires_grad_(False)
     adam = torch.optim.Adam(network.parameters(), fused=True)
