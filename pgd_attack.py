@@ -26,6 +26,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import glob
 import hashlib
 import io
 import math
@@ -574,10 +575,11 @@ def rows_of(args):
             # alpha shrinks with eps, or one step would cross the whole ball
             alpha = min(ours.alpha, eps / 255 / 4)
             row = ours._replace(eps=eps / 255, alpha=alpha, early_stop=True, restarts=0)
-            noise = row._replace(name=f"noise-{eps}", loss=None, gradient="right")
-            rows.append(noise)
-            rows.append(row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps))
-            rows.append(row._replace(name=f"attack-{eps}"))
+            rows += [
+                row._replace(name=f"noise-{eps}", loss=None, gradient="right"),
+                row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps),
+                row._replace(name=f"attack-{eps}"),
+            ]
         return rows
     if args.dose:
         for skipped in DOSE:
@@ -870,10 +872,8 @@ def load_imagenet(data_dir, class_names, limit=None):
     `limit` photos are spread evenly over the sorted files. Raises Failure if there is none.
     """
     folder = Path(data_dir, "imagenet")
-    paths = []
-    for path in sorted(folder.glob("**/[!.]*")):
-        if is_image_file(path.name) and not path.parent.name.startswith("."):
-            paths.append(path)
+    names = glob.glob("**", root_dir=folder, recursive=True)  # no hidden ones
+    paths = sorted(folder / name for name in names if is_image_file(name))
     if not paths:
         raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
     rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths)))
