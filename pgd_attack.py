@@ -1221,20 +1221,22 @@ def save_arrays(args, subject, outcomes):
 def report(args, device, world, subject, rows, outcomes, record):
     """Count, write the files, then print; returns the record."""
     task = subject.task
+    truth = subject.truth
     before = outcomes["clean"].logits
     record["rows"] = {}
     for row in rows:
-        after = outcomes[row.name].logits
-        numbers = count_labels(before, after, subject.truth, task)
-        numbers["rms_change"] = outcomes[row.name].rms.mean().item()
+        outcome = outcomes[row.name]
+        numbers = count_labels(before, outcome.logits, truth, task)
+        numbers["rms_change"] = outcome.rms.mean().item()
         record["rows"][row.name] = {**row._asdict(), **numbers}
-    if subject.truth is not None and task.multi_label:
-        ap = asl_model.average_precision(before.numpy(), subject.truth.numpy())
-        record["mAP"] = ap.mean().item()
-    elif subject.truth is not None:
-        known = subject.truth >= 0
-        hits = before.argmax(1) == subject.truth
-        record["accuracy"] = wilson(hits.sum(), known.sum())
+    if truth is not None:
+        if task.multi_label:
+            ap = asl_model.average_precision(before.numpy(), truth.numpy())
+            record["mAP"] = ap.mean().item()
+        else:
+            hits = before.argmax(1) == truth
+            known = truth >= 0
+            record["accuracy"] = wilson(hits.sum(), known.sum())
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     about = subject.description
