@@ -72,8 +72,6 @@ DEFAULTS = {  # target, eps, images per batch, --limit
     # class 60 of ImageNet, as in the log
     "torchvision": ("night snake", "8/255", 16, None),
 }
-# may differ in a repeated run
-MAY_DIFFER = ("out", "device", "force")
 
 
 def fraction(text):
@@ -444,12 +442,12 @@ def gradient_error(model, images, directions=4, step=1e-9):
                 error = max(error, abs(derivative - slope))
                 largest = max(largest, abs(derivative), abs(slope))
             # float64 rounds logits by 1e-16 of their size, hence a slope by 1e-7 of it
-            if largest < 1e-6 * (weights * logits).abs().sum():
+            if largest <= 1e-6 * (weights * logits).abs().sum():
                 return math.nan
     finally:
         for x, original in originals.items():
             x.data = original
-    return error / max(largest, 1e-300)
+    return error / largest
 
 
 # --- losses for several labels: logits (N, L), wanted (N, L) of 0 and 1, target index -> (N,)
@@ -676,8 +674,8 @@ def attack_labels(network, images, logits, row, task):
             )
         result[remaining] = adversarial
         after = predicted_labels(logits_of(network, adversarial), task)
-        succeeded = (after == wanted[remaining]).all(1)
-        remaining = remaining[~succeeded]
+        failed = (after != wanted[remaining]).any(1)
+        remaining = remaining[failed]
         if len(remaining) == 0:
             break
     return result
@@ -960,10 +958,11 @@ def single_label_subject(args, device):
 def captions(before, after, task):
     """The labels of an image, [(text, colour)]: kept (black), new (green) and lost (red) ones."""
     if not task.multi_label:
+        top = after.argmax()
         colour = "black"
-        if after.argmax() != before.argmax():
-            colour = "green" if after.argmax() == task.target else "firebrick"
-        return [(task.names[after.argmax()], colour)]
+        if top != before.argmax():
+            colour = "green" if top == task.target else "firebrick"
+        return [(task.names[top], colour)]
     was = is_present(before, task.threshold)
     now = is_present(after, task.threshold)
     lines = []
@@ -1069,11 +1068,11 @@ def plot_dose(title, skipped, curves):
         ink.line((50, y, 580, y), "lightgrey")
         ink.text((44, y), str(level), "black", anchor="rm")
     colours = ("royalblue", "firebrick", "grey", "darkorange")
+    heights = 410 - scale * (values - low)
     for i, name in enumerate(curves):
         colour = colours[i]
         ink.text((50, 28 + 18 * i), name, colour)
-        ys = 410 - scale * (np.array(curves[name]) - low)
-        points = list(zip(xs, ys, strict=True))
+        points = list(zip(xs, heights[i], strict=True))
         ink.line(points, colour, 3, "curve")
         for point in points:
             ink.circle(point, 4, colour)
@@ -1185,7 +1184,7 @@ class Outcome(NamedTuple):
 
     def keep(self, batch, images, logits):
         """Store the logits of the images with the row numbers in `batch`, and the first pixels."""
-        first = [i for i in batch if i < len(self.pixels)]
+        first = batch[batch < len(self.pixels)]
         self.logits[batch] = logits.cpu()
         pixels = (images[: len(first)] * 255).round()
         self.pixels[first] = pixels.byte().cpu()
@@ -1297,7 +1296,6 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
         outcomes[name] = Outcome(logits, torch.zeros(total), torch.zeros(total), pixels)
 
     batches = torch.arange(total).split(args.batch_size)[rank::world]
-    batches = [batch.tolist() for batch in batches]
     bar = common.progress(
         desc="attacking, in images",
         total=len(rows) * len(batches),
@@ -1314,7 +1312,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
     tensors = asl_model.read_batches(subject.images, batches)
     for batch, images in zip(batches, tensors, strict=True):
         if args.augment:
-            seeds = [asl_model.derived_seed(args.seed, row) for row in batch]
+            seeds = [asl_model.derived_seed(args.seed, row) for row in batch.tolist()]
             images = asl_model.augment(images, seeds)
         images = images.to(device)
         before = logits_of(subject.network, images)
@@ -1328,7 +1326,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
             if args.dose:
                 used = week_5_gradient(network, images, before, subject.task)
                 outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
-            torch.manual_seed(asl_model.derived_seed(args.seed, batch[0], i))
+            torch.manual_seed(asl_model.derived_seed(args.seed, batch[0].item(), i))
             if row.loss == ROTATED:
                 moved = (images + first_change.rot90(2, (2, 3))).clamp(0, 1)
             elif subject.task.multi_label or row.loss in LOSSES:
@@ -1356,7 +1354,8 @@ def main(argv=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     folder = contextlib.nullcontext()
     if rank == 0:
-        names = [name for name in vars(args) if name not in MAY_DIFFER]
+        # a repeated run may differ in these three alone
+        names = [name for name in vars(args) if name not in ("out", "device", "force")]
         folder = common.hold(args, *names)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
