@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
-from common import Failure, autocast
+from common import Failure, autocast, number, positive_int
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -67,21 +67,26 @@ def parse_args(argv=None):
         "train on the first N images",
     )
     add = parser.add_argument
-    number = common.number
-    count = number(int, 1)
     rate = number(float, 1e-9)
     decay = number(float, 0, 0.999999)
     add("--resume", action="store_true", help="continue the training in --out")
-    add("--epochs", type=count, default=3, help="passes over the images (log: 13)")
+    add("--epochs", type=positive_int, default=3, help="passes over the images (log: 13)")
     add("--batch-size", type=number(int, 2), default=32, help="images per step (log: 64)")
-    add("--critic-steps", type=count, default=1, help="per generator step (log: 5)")
+    add(
+        "--critic-steps", type=positive_int, default=1, help="per generator step (log: 5)"
+    )
     text = "initial learning rate (log: 1e-4)"
     add("--critic-lr", type=rate, default=2e-3, help=text)
     add("--generator-lr", type=rate, default=4e-3, help=text)
     add("--beta2", type=decay, default=0.99, help="Adam's second beta (log: 0.9)")
     add("--latent", type=number(int, 11), default=74, help="generator inputs (log: 100)")
     add("--image-size", type=int, choices=DOUBLINGS, default=28, help="pixels (log: 64)")
-    add("--width", type=count, default=32, help="channels at the finest scale (log: 32)")
+    add(
+        "--width",
+        type=positive_int,
+        default=32,
+        help="channels at the finest scale (log: 32)",
+    )
     add(
         "--average",
         type=decay,
@@ -90,7 +95,12 @@ def parse_args(argv=None):
     )
     add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
-    add("--sample", type=count, metavar="N", help="draw N digits; nothing is trained")
+    add(
+        "--sample",
+        type=positive_int,
+        metavar="N",
+        help="draw N digits; nothing is trained",
+    )
     add("--digit", type=number(int, 0, 9), help="class of --sample; default: all in turn")
     args = parser.parse_args(argv)
     if args.digit is not None and not args.sample:

@@ -34,7 +34,7 @@ from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
-from common import Failure, Photos, number, wilson
+from common import Failure, Photos, number, positive_int, wilson
 
 
 class Architecture(NamedTuple):
@@ -111,7 +111,7 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
         help="probability above which a label is present; ASL's code has 0.8",
     )
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
-    add("--epochs", type=number(int, 1), help="passes of --train over the images")
+    add("--epochs", type=positive_int, help="passes of --train over the images")
     add("--batch-size", type=number(int, 2), default=32, help="images at once")
     add("--lr", type=number(float, 1e-12), help="Adam's peak learning rate")
     args = p.parse_args(argv)

@@ -94,6 +94,9 @@ def number(kind, least, most=1_000_000_000):
     return number
 
 
+positive_int = number(int, 1)
+
+
 def parser(script, description, out, datasets, dataset_help, limit_help):
     """An argparse parser with the flags of every script; the first data set is the default."""
     p = argparse.ArgumentParser(
@@ -104,7 +107,7 @@ def parser(script, description, out, datasets, dataset_help, limit_help):
     add("--data", default="data", help="folder of data sets and weights")
     add("--out", type=Path, default=out, help="folder that this run writes to")
     add("--dataset", choices=datasets, default=datasets[0], help=dataset_help)
-    add("--limit", type=number(int, 1), metavar="N", help=limit_help)
+    add("--limit", type=positive_int, metavar="N", help=limit_help)
     add("--seed", type=number(int, 0, 2**32), default=0, help="random seed")
     add(
         "--device",

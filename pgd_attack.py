@@ -55,7 +55,7 @@ import acwgan
 import asl_model
 import common
 from asl_model import is_present
-from common import Failure, Photos, number, wilson
+from common import Failure, Photos, number, positive_int, wilson
 
 # the gradient of the package that the ASL repository pinned
 INPLACE_ABN = "inplace-abn-1.0.12"
@@ -100,7 +100,6 @@ def argument_parser():
     )
     p.set_defaults(dataset=None)
     add = p.add_argument
-    count = number(int, 1)
     mode = p.add_mutually_exclusive_group()
     mode.add_argument(
         "--week",
@@ -170,7 +169,7 @@ def argument_parser():
     add("--alpha", type=fraction, help="step size, on the same scale (default: 2/255)")
     add(
         "--steps",
-        type=count,
+        type=positive_int,
         help="maximum steps per image and try (default: 40)",
     )
     add(
@@ -180,14 +179,14 @@ def argument_parser():
     )
     add(
         "--save",
-        type=count,
+        type=positive_int,
         default=16,
         metavar="N",
         help="number of images that adversarial.npz holds",
     )
     add(
         "--batch-size",
-        type=count,
+        type=positive_int,
         help="images per batch (default: 16 photos, else 256)",
     )
     return p

@@ -28,7 +28,7 @@ from torch.optim import SGD, Adam
 import acwgan
 import common
 from acwgan import CLASSES, cnn
-from common import Failure, autocast
+from common import Failure, autocast, number, positive_int
 
 
 class Variant(NamedTuple):
@@ -93,7 +93,6 @@ def parse_args(argv=None):
         "train on the first N images",
     )
     add = parser.add_argument
-    number = common.number
     add(
         "--generator",
         type=Path,
@@ -109,7 +108,7 @@ def parse_args(argv=None):
     )
     add(
         "--steps",
-        type=number(int, 1),
+        type=positive_int,
         default=800,
         help="training steps per row (ours: 8 times as many)",
     )
