@@ -1086,8 +1086,8 @@ def week_5_gradient(network, images, logits, task):
     return gradient.flatten(1)
 
 
-def check_gradients(network, rows, image):
-    """Print whether the attacked networks' gradients are right at an image (C, S, S).
+def check_gradients(network, rows, images):
+    """Print whether the attacked networks' gradients are right at an image (1, C, S, S).
 
     Returns {"gradient_error"} and, if a row has the wrong gradient, its error and how many
     derivatives it skips.
@@ -1097,7 +1097,7 @@ def check_gradients(network, rows, image):
     if INPLACE_ABN in [row.gradient for row in rows]:
         imitation = asl_model.inplace_abn_1_0_12(network)
         checked["wrong_gradient_error"] = imitation
-        logits_of(imitation, image[None])  # it counts what it skips
+        logits_of(imitation, images)  # it counts what it skips
         numbers["skipped"] = imitation.skipped
         print(
             f"the wrong gradient skips the derivatives of {imitation.skipped} activations"
@@ -1106,7 +1106,7 @@ def check_gradients(network, rows, image):
             print("WARNING: there is none to skip, so the two gradients are the same")
     for name, model in checked.items():
         try:
-            error = gradient_error(model, image[None])
+            error = gradient_error(model, images)
         except Exception:  # a network that can't run in float64 may raise anything
             error = math.nan
         verdict = "the gradient is right"
@@ -1216,7 +1216,7 @@ def save_arrays(args, subject, outcomes):
         np.savez_compressed(file, **arrays)
 
 
-def report(args, device, world, subject, rows, outcomes, record):
+def report(args, device, subject, rows, outcomes, record):
     """Count, write the files, then print; returns the record."""
     task = subject.task
     truth = subject.truth
@@ -1259,10 +1259,6 @@ def report(args, device, world, subject, rows, outcomes, record):
         record["8_bit_image_reaches_goal"] = reached
     for name, picture in pictures.items():
         common.save_png(args.out / f"{name}.png", picture)
-    record.update(processes=world, images=subject.description)
-    if world > 1:
-        command = ["torchrun", "--nproc-per-node", str(world), *sys.argv]
-        record["command"] = shlex.join(command)
     record = common.write_results(args, device, record)
 
     print(title)
@@ -1286,11 +1282,12 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
     Each of torchrun's n processes attacks every n-th batch. A batch and its random numbers are the
     same for any number of processes.
     """
+    task = subject.task
     total = len(subject.images)
     shape = (min(args.save, total), *subject.images[0].shape)
     outcomes = {}
     for name in networks:
-        logits = torch.zeros(total, len(subject.task.names))
+        logits = torch.zeros(total, len(task.names))
         pixels = torch.zeros(shape, dtype=torch.uint8)
         outcomes[name] = Outcome(logits, torch.zeros(total), torch.zeros(total), pixels)
 
@@ -1317,21 +1314,21 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
         before = logits_of(subject.network, images)
         outcomes["clean"].keep(batch, images, before)
         if args.dose:
-            right = week_5_gradient(subject.network, images, before, subject.task)
+            right = week_5_gradient(subject.network, images, before, task)
         first_change = None
         for i, row in enumerate(rows):
             network = networks[row.name]
             outcome = outcomes[row.name]
             if args.dose:
-                used = week_5_gradient(network, images, before, subject.task)
+                used = week_5_gradient(network, images, before, task)
                 outcome.cosines[batch] = F.cosine_similarity(right, used).cpu()
             torch.manual_seed(asl_model.derived_seed(args.seed, batch[0].item(), i))
             if row.loss == ROTATED:
                 moved = (images + first_change.rot90(2, (2, 3))).clamp(0, 1)
-            elif subject.task.multi_label or row.loss in LOSSES:
-                moved = attack_labels(network, images, before, row, subject.task)
+            elif task.multi_label or row.loss in LOSSES:
+                moved = attack_labels(network, images, before, row, task)
             else:
-                moved = attack_top_class(network, images, before, row, subject.task)
+                moved = attack_top_class(network, images, before, row, task)
             outcome.keep(batch, moved, logits_of(subject.network, moved))
             outcome.rms[batch] = (moved - images).square().mean((1, 2, 3)).sqrt().cpu()
             if i == 0:
@@ -1379,8 +1376,16 @@ def main(argv=None):
         if rank == 0:
             common.require_same_record(args, {"weights_sha256": weights})
         rows = rows_of(args)
-        record = {"dataset_size": len(subject.images), "weights_sha256": weights}
-        record.update(check_gradients(network, rows, subject.images[0].to(device)))
+        record = check_gradients(network, rows, subject.images[:1].to(device))
+        record.update(
+            dataset_size=len(subject.images),
+            images=subject.description,
+            weights_sha256=weights,
+            processes=world,
+        )
+        if world > 1:
+            command = ["torchrun", "--nproc-per-node", str(world), *sys.argv]
+            record["command"] = shlex.join(command)
         if args.dose:  # a row that skips everything is there already
             total = record["skipped"]
             rows = [row for row in rows if row.skipped is None or row.skipped < total]
@@ -1392,7 +1397,7 @@ def main(argv=None):
         outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
         if rank > 0:
             return None
-        return report(args, device, world, subject, rows, outcomes, record)
+        return report(args, device, subject, rows, outcomes, record)
 
 
 if __name__ == "__main__":

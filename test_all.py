@@ -2688,7 +2688,7 @@ def test_a_gradient_that_cannot_be_checked_is_null_in_the_record(capsys):
         assert x.dtype == torch.float32
         return x.flatten(1)
 
-    numbers = pgd_attack.check_gradients(needs_float32, [], photo_like(1, 8)[0])
+    numbers = pgd_attack.check_gradients(needs_float32, [], photo_like(1, 8))
     assert numbers == {"gradient_error": None}
     assert "WARNING: not checked" in capsys.readouterr().out
 
