@@ -28,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
-from common import Failure, autocast, number, positive_int
+from common import Failure, autocast, number, positive_int, shuffled_batches
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -337,8 +337,7 @@ def train(args, checkpoint, images, labels):
     for epoch in range(args.epochs):
         # each epoch has its own seed, so that a run can resume
         stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=stream).to(device)
-        batches += order.split(args.batch_size)[: total // args.epochs]
+        batches += shuffled_batches(len(images), args.batch_size, stream, device)
     steps = range(first_step, total)
     if args.force:
         # otherwise --resume would continue the old run, or be refused for its record
@@ -430,8 +429,7 @@ def train_classifier(network, images, labels, settings, attack=None):
     batches = []
     # a small data set is repeated until there are some 300 steps
     for _ in range(max(settings["epochs"], 300 * batch_size // n)):
-        order = torch.randperm(n, generator=stream).to(images.device)
-        batches += order.split(batch_size)[: n // batch_size]
+        batches += shuffled_batches(n, batch_size, stream, images.device)
     adam = AdamW(network.parameters(), weight_decay=0.01, fused=True)
     schedule = OneCycleLR(adam, settings["lr"], len(batches), pct_start=0.2)
     for batch in common.progress(batches, type(network).__name__, unit="step"):

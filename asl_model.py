@@ -655,8 +655,7 @@ def training_batches(args, images, labels, done):
     mirrored = []
     for epoch in range(args.epochs):
         stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
-        order = torch.randperm(len(labels), generator=stream)
-        batches += order.split(args.batch_size)[:per_epoch]
+        batches += common.shuffled_batches(len(labels), args.batch_size, stream)
         mirrored.append(torch.rand(len(labels), generator=stream) < 0.5)
     for step, batch in enumerate(read_batches(images, batches[done:]), done):
         rows = batches[step]

@@ -157,6 +157,12 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
+def shuffled_batches(n, size, stream, device="cpu"):
+    """The row numbers 0 to n - 1 in a random order of `stream`, as full batches (size,)."""
+    order = torch.randperm(n, generator=stream).to(device)
+    return order.split(size)[: n // size]
+
+
 def progress(*args, **kwargs):
     """A tqdm bar; if stderr is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
