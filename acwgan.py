@@ -28,7 +28,14 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
-from common import Failure, autocast, number, positive_int, shuffled_batches
+from common import (
+    Failure,
+    autocast,
+    number,
+    positive_int,
+    random_stream,
+    shuffled_batches,
+)
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -336,7 +343,7 @@ def train(args, checkpoint, images, labels):
     batches = []
     for epoch in range(args.epochs):
         # each epoch has its own seed, so that a run can resume
-        stream = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        stream = random_stream(args.seed * 1_000_003 + epoch)
         batches += shuffled_batches(len(images), args.batch_size, stream, device)
     steps = range(first_step, total)
     if args.force:
@@ -409,7 +416,7 @@ def in_batches(function, *tensors, size=100):
 @torch.no_grad()
 def generate(generator, labels, seed):
     """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, from the latents of `seed`."""
-    stream = torch.Generator().manual_seed(seed)
+    stream = random_stream(seed)
     latent = torch.randn(len(labels), generator.latent, generator=stream)
     images = in_batches(generator, latent.to(labels.device), labels, size=125)
     return (resize(images, 28) * 255).round() / 255
@@ -425,7 +432,7 @@ def train_classifier(network, images, labels, settings, attack=None):
     shift = settings.get("shift", 0)
     n = len(images)
     batch_size = min(128, n)
-    stream = torch.Generator().manual_seed(settings["seed"])
+    stream = random_stream(settings["seed"])
     batches = []
     # a small data set is repeated until there are some 300 steps
     for _ in range(max(settings["epochs"], 300 * batch_size // n)):

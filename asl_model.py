@@ -34,7 +34,7 @@ from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
-from common import Failure, Photos, number, positive_int, wilson
+from common import Failure, Photos, number, positive_int, random_stream, wilson
 
 
 class Architecture(NamedTuple):
@@ -654,7 +654,7 @@ def training_batches(args, images, labels, done):
     batches = []
     mirrored = []
     for epoch in range(args.epochs):
-        stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
+        stream = random_stream(derived_seed(args.seed, epoch))
         batches += common.shuffled_batches(len(labels), args.batch_size, stream)
         mirrored.append(torch.rand(len(labels), generator=stream) < 0.5)
     for step, batch in enumerate(read_batches(images, batches[done:]), done):

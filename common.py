@@ -157,6 +157,11 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
+def random_stream(seed):
+    """A torch.Generator of its own, on the CPU, for draws that nothing else may shift."""
+    return torch.Generator().manual_seed(seed)
+
+
 def shuffled_batches(n, size, stream, device="cpu"):
     """The row numbers 0 to n - 1 in a random order of `stream`, as full batches (size,)."""
     order = torch.randperm(n, generator=stream).to(device)

@@ -55,7 +55,7 @@ import acwgan
 import asl_model
 import common
 from asl_model import is_present
-from common import Failure, Photos, number, positive_int, wilson
+from common import Failure, Photos, number, positive_int, random_stream, wilson
 
 # the gradient of the package that the ASL repository pinned
 INPLACE_ABN = "inplace-abn-1.0.12"
@@ -415,7 +415,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
         for x in [*model.parameters(), *model.buffers()]:
             if x.is_floating_point():
                 originals[x] = x.data
-    stream = torch.Generator().manual_seed(0)
+    stream = random_stream(0)
     noise = torch.rand(images[:1].shape, generator=stream)
     image = (0.1 + 0.8 * images[:1].cpu() + 0.01 * noise).double().to(images.device)
     largest = 0
@@ -810,7 +810,7 @@ def own_network(spec, device):
         network = network.float().to(device).eval()
         names = [str(name) for name in names]
         images = torch.zeros(3, 3, size, size, device=device)
-        images[1] = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
+        images[1] = torch.rand(3, size, size, generator=random_stream(0))
         images[2] = 1
         for weight in network.parameters():
             weight.requires_grad_(False)

@@ -28,7 +28,7 @@ from torch.optim import SGD, Adam
 import acwgan
 import common
 from acwgan import CLASSES, cnn
-from common import Failure, autocast, number, positive_int
+from common import Failure, autocast, number, positive_int, random_stream
 
 
 class Variant(NamedTuple):
@@ -360,7 +360,7 @@ class FeatureBank:
     variance of the real ones. Earlier batches join in: one alone is too small for a covariance."""
 
     def __init__(self, network, images):
-        stream = torch.Generator().manual_seed(0)
+        stream = random_stream(0)
         rows = torch.randperm(len(images), generator=stream)[:2048]
         self.network = network
         self.real = network.features(images[rows])
