@@ -220,8 +220,7 @@ def cnn(convolutions, flattened, features=128, norm=False):
 def evaluation_network():
     """The independent classifier that scores the digits. No loss uses it; the Frechet distance is
     computed on its 64 features."""
-    convolutions = [(32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2)]
-    return cnn(convolutions, 2048, 64, norm=True)
+    return cnn([(32, 3, 1), (64, 3, 2), (64, 3, 1), (128, 3, 2)], 2048, 64, norm=True)
 
 
 def gradient_norms(critic, real, fake):
@@ -621,8 +620,7 @@ def main(argv=None):
             args, generator, classifier, images, labels, test_images, test_labels
         )
         generated = generate(generator, test_labels[:32], args.seed)
-        page = figure(generated, test_images[:32])
-        common.save_png(args.out / "AC-WGAN_GP.png", page)
+        common.save_png(args.out / "AC-WGAN_GP.png", figure(generated, test_images[:32]))
         record = common.write_results(
             args, device, results, dataset=dataset, dataset_size=n
         )

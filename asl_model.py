@@ -866,15 +866,14 @@ def main(argv=None):
         part = args.split or "val2017"
         if args.dataset == "scenes":
             part = "test"
-        size = args.image_size
         if args.train:  # the evaluation data is loaded first, as it gives the classes
-            names = load_data(args, size, part)[2]
+            names = load_data(args, args.image_size, part)[2]
             path, facts = train(args, device, names)
         else:
             path = args.weights or default_weights(args.dataset, args.data, device)
         network, names = load_asl(path, args.arch)
         network.to(device)
-        size = size or network.image_size
+        size = args.image_size or network.image_size
         if args.image:
             part = "labels"
             logits = predict(network, Photos([args.image], size), device)[0]

@@ -967,12 +967,12 @@ def captions(before, after, task):
     lines = []
     for i in (was | now).nonzero()[:, 0].tolist():
         text = f"{task.names[i]} {after[i].sigmoid():.2f}"
+        line = (text, "black")
         if not now[i]:
-            lines.append((f"-{text}", "firebrick"))
+            line = (f"-{text}", "firebrick")
         elif not was[i]:
-            lines.append((f"+{text}", "green"))
-        else:
-            lines.append((text, "black"))
+            line = (f"+{text}", "green")
+        lines.append(line)
     return lines
 
 

@@ -127,9 +127,17 @@ def parse_args(argv=None):
 
 def model_a():
     """Model A of Tramer et al. 2018 (arXiv 1705.07204), but its first stride is 2, for speed."""
-    layers = [nn.Conv2d(1, 64, 5, 2), nn.ReLU(), nn.Conv2d(64, 64, 5), nn.ReLU()]
-    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(4096, 128), nn.ReLU()]
-    layers.append(nn.Dropout(0.5))
+    layers = [
+        nn.Conv2d(1, 64, 5, 2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 5),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(4096, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+    ]
     return acwgan.Classifier(layers)
 
 
@@ -210,8 +218,9 @@ class Refiner(nn.Module):
 def load_week_1(path, dataset, device=None):
     """Week 1's generator and critic, frozen; its data set and a hash of its weights.
     Raises Failure if the checkpoint does not fit, or is not of `dataset` (auto: of any)."""
-    advice = f"train one with: python acwgan.py --out {path.parent}"
-    checkpoint = common.load_checkpoint(path, advice, "acwgan")
+    checkpoint = common.load_checkpoint(
+        path, f"train one with: python acwgan.py --out {path.parent}", "acwgan"
+    )
     if checkpoint["steps"] < checkpoint["total_steps"]:
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     trained_with = checkpoint["settings"]
@@ -461,8 +470,7 @@ def load_generator(name, args, made_with, original):
     path = args.out / f"generator-{name}.pt"
     if not path.exists() or (args.force and name in args.variant):
         return None
-    advice = "delete it to train again"
-    checkpoint = common.load_checkpoint(path, advice, "transfer")
+    checkpoint = common.load_checkpoint(path, "delete it to train again", "transfer")
     if args.force and checkpoint["settings"] != made_with:
         return None  # the report leaves it out
     common.require_same(path, checkpoint["settings"], made_with)
@@ -607,8 +615,7 @@ least L2 change that fools the target; L2/C&W: L2 relative to that search's, on 
         # to 2 decimals, so that a line fits into 100 columns
         rounded = [x if x is None else round(x, 2) for x in numbers]
         lines.append([name, n, *rates, *rounded])
-    head = ["row", "n", *COLUMNS, "score", "L2", "L2/C&W", "L-inf"]
-    common.print_table(head, lines)
+    common.print_table(["row", "n", *COLUMNS, "score", "L2", "L2/C&W", "L-inf"], lines)
 
 
 def main(argv=None):
