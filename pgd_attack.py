@@ -511,7 +511,7 @@ class Row(NamedTuple):
     name: str
     # one of LOSSES, or of week 4's, or ROTATED; None: noise of size eps (week 4: clipping alone)
     loss: str | None
-    eps: float
+    eps: float = 0.3  # as in weeks 4 and 5
     gradient: str = "right"
     alpha: float = 2 / 255
     steps: int = 40
@@ -533,19 +533,19 @@ WEEK_3 = (
     Row("rotated", ROTATED, 0.6, INPLACE_ABN),
 )
 WEEK_5 = (
-    Row("softmax-bce-inplace-abn", "softmax-bce", 0.3, INPLACE_ABN),  # as logged
-    Row("softmax-bce", "softmax-bce", 0.3),
-    Row("noise", None, 0.3),
-    Row("bce-inplace-abn", "bce", 0.3, INPLACE_ABN),
-    Row("bce", "bce", 0.3),
-    Row("softmax-ce-inplace-abn", "softmax-ce", 0.3, INPLACE_ABN),
-    Row("softmax-ce", "softmax-ce", 0.3),
-    Row("rotated", ROTATED, 0.3, INPLACE_ABN),
+    Row("softmax-bce-inplace-abn", "softmax-bce", gradient=INPLACE_ABN),  # as logged
+    Row("softmax-bce", "softmax-bce"),
+    Row("noise", None),
+    Row("bce-inplace-abn", "bce", gradient=INPLACE_ABN),
+    Row("bce", "bce"),
+    Row("softmax-ce-inplace-abn", "softmax-ce", gradient=INPLACE_ABN),
+    Row("softmax-ce", "softmax-ce"),
+    Row("rotated", ROTATED, gradient=INPLACE_ABN),
 )
 WEEK_4 = (  # see `attack_top_class`
-    Row("clipping-alone", None, 0.3, steps=0),
-    Row("single-photo", "one-hot", 0.3),  # "very effective"
-    Row("batch", "raw-logits", 0.3),  # "little influence"
+    Row("clipping-alone", None, steps=0),
+    Row("single-photo", "one-hot"),  # "very effective"
+    Row("batch", "raw-logits"),  # "little influence"
 )
 LEAD = 0.5  # in logits: an image is done when the target leads every other class by this much
 SWEEP = (0.25, 0.5, 1, 2, 4, 8, 16)  # eps, in 255ths
@@ -581,8 +581,8 @@ def rows_of(args):
     if args.dose:
         for skipped in DOSE:
             name = "all" if skipped is None else f"first-{skipped}"
-            rows.append(Row(name, "softmax-bce", 0.3, INPLACE_ABN, skipped=skipped))
-        return [*rows, Row("noise", None, 0.3)]
+            rows.append(Row(name, "softmax-bce", gradient=INPLACE_ABN, skipped=skipped))
+        return [*rows, Row("noise", None)]
     return [ours]
 
 
