@@ -580,7 +580,7 @@ def read_batches(images, batches):
     ahead = []  # threads decode the photos of three more batches
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for rows in batches:
-            ahead.append(pool.map(images.__getitem__, map(int, rows)))
+            ahead.append(pool.map(images.__getitem__, rows))
             if len(ahead) > 3:
                 yield torch.stack(list(ahead.pop(0)))
         for photos in ahead:
@@ -732,14 +732,15 @@ def train(args, device, names):
     checkpoint = training_checkpoint(path, weights_path, args)
     done = checkpoint["steps"]
     (images, labels), (held_out, truth) = training_data(args, names)
+    size = len(labels)
     data = {f"class {i}": name for i, name in enumerate(names)}
-    data["training images"] = len(labels)
+    data["training images"] = size
     if args.dataset == "scenes":
         data["digits"] = scene_digits("auto", args.data, "train")[0]
     common.require_same(path, checkpoint.setdefault("training_data", data), data)
-    total = args.epochs * (len(labels) // args.batch_size)
+    total = args.epochs * (size // args.batch_size)
     if total == 0:
-        raise Failure(f"--batch-size exceeds the {len(labels)} training images", 2)
+        raise Failure(f"--batch-size exceeds the {size} training images", 2)
     parts = training_parts(args, device, checkpoint, names, total)
     network = parts["network"]
     average = parts["average"]
@@ -793,7 +794,7 @@ def train(args, device, names):
     for name in parts:
         del checkpoint[name]
     common.save(weights_path, checkpoint)
-    return weights_path, {"dataset_size": len(labels), "history": history}
+    return weights_path, {"dataset_size": size, "history": history}
 
 
 def scenes_weights(data_dir, device):

@@ -388,9 +388,11 @@ def frechet_distance_torch(x, y):
     """
     features = x.cpu().double()
     others = y.detach().cpu().double()
-    a = (features - features.mean(0)) / (len(x) - 1) ** 0.5
-    b = (others - others.mean(0)) / (len(y) - 1) ** 0.5
-    shift = features.mean(0) - others.mean(0)
+    mean = features.mean(0)
+    other_mean = others.mean(0)
+    a = (features - mean) / (len(x) - 1) ** 0.5
+    b = (others - other_mean) / (len(y) - 1) ** 0.5
+    shift = mean - other_mean
     traces = a.square().sum() + b.square().sum()
     separate = shift.square().sum() + traces
     if not separate.isfinite():  # NaN, or 0 / 0 where N or M is below 2

@@ -996,8 +996,7 @@ def figure(title, outcomes, rows, task):
     changes = pixels - pixels[0]
     scale = changes.abs().max().clamp(min=1 / 255)
     side = 900 // len(headings)
-    images = torch.cat([pixels, 0.5 + 0.5 * changes / scale])
-    images = resize(images, side - 4)
+    images = resize(torch.cat([pixels, 0.5 + 0.5 * changes / scale]), side - 4)
     grid = to_pil_image(make_grid(images, len(headings), pad_value=1))
     page = Image.new("RGB", (900, 3000), "white")
     page.paste(grid, (0, 80))
@@ -1200,8 +1199,8 @@ def weights_digest(network):
 def save_arrays(args, subject, outcomes):
     """Write adversarial.npz: pixels, logits, truth and files of the first --save images."""
     n = args.save
-    arrays = {"names": subject.task.names}
-    arrays["truth"] = []  # stays empty if it is not known
+    # the truth stays empty if it is not known
+    arrays = {"names": subject.task.names, "truth": []}
     if subject.truth is not None:
         arrays["truth"] = subject.truth[:n]
     for name, outcome in outcomes.items():
