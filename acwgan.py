@@ -14,13 +14,14 @@ Writes into --out: checkpoint.pt, history.csv (the losses), evaluation_classifie
 drawn.npz and drawn.png only.
 """
 
-import copy
 import math
+from copy import deepcopy
 
 import numpy as np
 import torch
 from PIL import ImageDraw
 from torch import nn
+from torch.autograd import grad
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -232,7 +233,7 @@ def gradient_norms(critic, real, fake):
     u = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (u * real + (1 - u) * fake).detach().requires_grad_()
     scores, _ = critic(between)
-    (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    (gradient,) = grad(scores.sum(), between, create_graph=True)
     return gradient.flatten(1).norm(dim=1)
 
 
@@ -321,7 +322,7 @@ def train(args, checkpoint, images, labels):
     torch.manual_seed(args.seed)
     generator = Generator(args.latent, args.width, args.image_size).to(device)
     critic = Critic(args.width, args.image_size).to(device)
-    average = copy.deepcopy(generator).requires_grad_(False).eval()
+    average = deepcopy(generator).requires_grad_(False).eval()
     betas = (0.0, args.beta2)
     generator_adam = Adam(generator.parameters(), betas=betas, fused=True)
     critic_adam = Adam(critic.parameters(), betas=betas, fused=True)

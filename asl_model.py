@@ -14,22 +14,27 @@ Writes results.json into --out (next to a training: into --out/evaluation); --tr
 checkpoint.pt and <arch>-<dataset>.pth, the best network on held-out images.
 """
 
-import concurrent.futures
-import copy
-import functools
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import ImageDraw
 from scipy.stats import rankdata
 from torch import nn
+from torch.autograd import Function
 from torch.nn import functional as F
+from torch.nn import init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim import Adam
+from torch.overrides import TorchFunctionMode
+from torchvision import models
+from torchvision.ops import SqueezeExcitation
 from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
@@ -76,7 +81,7 @@ MUST_MATCH = (
     "seed",
     "weights",
 )
-COCO_DETECTOR = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
+COCO_DETECTOR = models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 
 
 def parse_args(argv=None):
@@ -179,7 +184,7 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, c_in, c_out, kernel, slope=1.0):
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+        init.kaiming_normal_(conv.weight, mode="fan_out")
         super().__init__(conv, NormAct(c_out, slope))
 
 
@@ -201,10 +206,10 @@ class Block(nn.Module):
         self.conv2 = ConvNorm(planes, planes, 3, 1e-3 if bottleneck else 1.0)
         self.conv3 = ConvNorm(planes, c_out, 1) if bottleneck else nn.Identity()
         last = self.conv3 if bottleneck else self.conv2
-        nn.init.zeros_(last[1].weight)  # a block starts as the identity
+        init.zeros_(last[1].weight)  # a block starts as the identity
         self.se = nn.Identity()
         if use_se:
-            self.se = torchvision.ops.SqueezeExcitation(planes, max(c_out // 8, 64))
+            self.se = SqueezeExcitation(planes, max(c_out // 8, 64))
         # blur by [1 2 1] x [1 2 1] / 16, the edge reflected (Zhang 2019, arXiv 1904.11486); torch's
         # own reflection is not deterministic on CUDA
         edge = nn.AvgPool2d(2, padding=1, count_include_pad=False)
@@ -238,7 +243,7 @@ class TResNet(nn.Module):
             self.body.add_module(f"layer{stage + 1}", layer)
         self.head = nn.Sequential()
         self.head.add_module("fc", nn.Linear(row.features, num_classes))
-        nn.init.normal_(self.head.fc.weight, 0, 0.01)
+        init.normal_(self.head.fc.weight, 0, 0.01)
 
     def forward(self, images):
         # the stem: 4x4 pixels become one position of 48 channels, a pixel's three side by side
@@ -260,7 +265,7 @@ def new_network(arch, num_classes):
     if row.blocks:
         network = TResNet(arch, num_classes)
     else:
-        network = torchvision.models.get_model(arch, num_classes=num_classes)
+        network = models.get_model(arch, num_classes=num_classes)
         network.register_forward_pre_hook(normalise)
     network.image_size = row.image_size
     return network
@@ -269,7 +274,7 @@ def new_network(arch, num_classes):
 @torch.no_grad()
 def fold(network):
     """A frozen copy in eval mode, a TResNet's norms folded into its convolutions: equal logits."""
-    network = copy.deepcopy(network).eval()
+    network = deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, ConvNorm):
             conv, norm = module
@@ -283,7 +288,7 @@ def fold(network):
 # --- the gradient of inplace_abn v1.0.12
 
 
-class StraightThrough(torch.autograd.Function):
+class StraightThrough(Function):
     """An activation, in place or not, whose backward pass passes the gradient on unchanged."""
 
     @staticmethod
@@ -306,7 +311,7 @@ def mark_normalised(_module, _inputs, output):
     return output
 
 
-class SkipDerivatives(torch.overrides.TorchFunctionMode):
+class SkipDerivatives(TorchFunctionMode):
     """In this mode, the `first` activations (None: all) skip their derivative in the backward pass.
 
     Those that InPlace-ABN could have replaced count: leaky ReLU, ELU, and ReLU after a batch norm.
@@ -349,7 +354,7 @@ class InplaceABN1012(nn.Module):
                 2,
             )
         try:
-            self.network = copy.deepcopy(model).eval()
+            self.network = deepcopy(model).eval()
         except (TypeError, RuntimeError) as problem:
             raise Failure(
                 f"the network cannot be copied, so use its right gradient: {problem}", 2
@@ -382,7 +387,7 @@ inplace_abn_1_0_12 = InplaceABN1012
 
 def published_weights(name, data_dir):
     """The path of torchvision's published weights of its network `name`, downloaded if absent."""
-    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    url = models.get_model_weights(name).DEFAULT.url
     return common.download(url, data_dir)
 
 
@@ -508,7 +513,7 @@ class AsymmetricLoss(nn.Module):
         return -(positive + negative).sum()
 
 
-@functools.cache
+@cache
 def scene_digits(source, data_dir, split):
     """`common.load_digits` of train, validation (the last twelfth of the training set) or test."""
     name, images, labels = common.load_digits(source, data_dir, split != "test")
@@ -578,7 +583,7 @@ def load_data(args, image_size, split, names=None):
 def read_batches(images, batches):
     """Yield the images (a tensor or `Photos`) at each list of row numbers in `batches`."""
     ahead = []  # threads decode the photos of three more batches
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         for rows in batches:
             ahead.append(pool.map(images.__getitem__, rows))
             if len(ahead) > 3:
@@ -713,8 +718,8 @@ def training_parts(args, device, checkpoint, names, total):
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.eval()  # the statistics of a ResNet stay those that its weights came with
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    adam = torch.optim.Adam(network.parameters(), fused=True)
+    average = deepcopy(network).eval().requires_grad_(False)
+    adam = Adam(network.parameters(), fused=True)
     parts = {"network": network, "average": average, "adam": adam}
     if checkpoint["steps"] > 0:
         for name, part in parts.items():
@@ -785,7 +790,7 @@ def train(args, device, names):
             entry = {"step": step, "loss": loss.item() / n, "mAP": mean_ap}
             history.append(entry)
             if mean_ap == max(entry["mAP"] for entry in history):  # on a tie, the later
-                checkpoint["model"] = copy.deepcopy(average.state_dict())
+                checkpoint["model"] = deepcopy(average.state_dict())
         if is_evaluated or step % SAVE_EVERY == 0:
             checkpoint["steps"] = step
             for name, part in parts.items():

@@ -30,9 +30,10 @@ from scipy.linalg import sqrtm
 from torch import nn
 from torch.backends import cudnn
 from torch.nn import functional as F
-from torchvision import transforms
 from torchvision.datasets import MNIST
 from torchvision.models import inception_v3
+from torchvision.transforms import Compose, RandomAffine, Resize, ToTensor
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 START = time.time()
@@ -476,7 +477,7 @@ def glyphs(n, seed=0):
     Returns what `load_mnist` does, the classes in turn; digit i depends on `seed`, not on `n`.
     """
     font = ImageFont.load_default(40)
-    move = transforms.RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
+    move = RandomAffine(17, (0.07, 0.07), (0.8, 1.2), 17, Image.BILINEAR)
     images = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -486,7 +487,7 @@ def glyphs(n, seed=0):
             ImageDraw.Draw(canvas).text(
                 (28, 28), str(i % 10), 255, font, anchor="mm", stroke_width=stroke
             )
-            images.append(transforms.functional.pil_to_tensor(move(canvas).reduce(2)))
+            images.append(pil_to_tensor(move(canvas).reduce(2)))
     return torch.stack(images) / 255, torch.arange(n) % 10
 
 
@@ -521,9 +522,9 @@ class Photos:
     """
 
     def __init__(self, paths, image_size, transform=None):
-        squash = transforms.Resize((image_size, image_size))
+        squash = Resize((image_size, image_size))
         self.paths = paths
-        self.transform = transform or transforms.Compose([squash, transforms.ToTensor()])
+        self.transform = transform or Compose([squash, ToTensor()])
 
     def __len__(self):
         return len(self.paths)

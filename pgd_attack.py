@@ -22,8 +22,6 @@ runs/pgd_attack/RUN-NETWORK-DATA-TARGET.
 
 import argparse
 import atexit
-import contextlib
-import copy
 import datetime
 import difflib
 import glob
@@ -35,6 +33,8 @@ import re
 import runpy
 import shlex
 import sys
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.autograd import grad
 from torch.nn import functional as F
 from torchvision import models, transforms
 from torchvision.datasets.folder import is_image_file
@@ -348,7 +349,7 @@ def pgd(
             gradient = None
             if logits.requires_grad:
                 total = loss(logits, targets[active]).sum()
-                (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+                (gradient,) = grad(total, x, allow_unused=True)
             if gradient is None:
                 raise Failure("no gradient reaches the images; remove no_grad and detach")
             finite = finite & logits.isfinite().all() & gradient.isfinite().all()
@@ -369,7 +370,7 @@ def pgd(
     return adversarial
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluation_mode(model):
     """Gradients on, and every module of `model` in eval mode until the end, then as it was."""
     trained = []
@@ -408,8 +409,8 @@ def gradient_error(model, images, directions=4, step=1e-9):
     originals = {}
     if isinstance(model, nn.Module):
         # the original might keep a float64 tensor that its first forward pass computes
-        with contextlib.suppress(Exception):  # not every network can be copied
-            model = copy.deepcopy(model)
+        with suppress(Exception):  # not every network can be copied
+            model = deepcopy(model)
         if no_float64:
             model = model.cpu()
         for x in [*model.parameters(), *model.buffers()]:
@@ -427,7 +428,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
             x = image.clone().requires_grad_()
             logits = model(x.clone())
             weights = torch.randn(logits.shape, generator=stream).to(logits)
-            (gradient,) = torch.autograd.grad((weights * logits).sum(), x)
+            (gradient,) = grad((weights * logits).sum(), x)
             if not gradient.isfinite().all():
                 return math.inf
             is_random = not torch.equal(logits, model(image.clone()))
@@ -701,7 +702,7 @@ def attack_top_class(network, images, logits, row, task):
     for _ in range(row.steps):
         x = adversarial.requires_grad_()
         loss = softmax_bce(network(x * std + mean), wanted)
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        (gradient,) = grad(loss.sum(), x)
         adversarial = (x.detach() - row.alpha * gradient.sign()).clamp(low, high)
     return adversarial * std + mean
 
@@ -1081,7 +1082,7 @@ def week_5_gradient(network, images, logits, task):
     """The gradient (N, D) of week 5's loss at N images whose logits are these (N, L)."""
     x = images.clone().requires_grad_()
     loss = softmax_bce(network(x.clone()), wanted_labels(logits, task))
-    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    (gradient,) = grad(loss.sum(), x)
     return gradient.flatten(1)
 
 
@@ -1347,7 +1348,7 @@ def main(argv=None):
     device = common.pick_device(args.device)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    folder = contextlib.nullcontext()
+    folder = nullcontext()
     if rank == 0:
         # a repeated run may differ in these three alone
         names = [name for name in vars(args) if name not in ("out", "device", "force")]

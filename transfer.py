@@ -12,10 +12,10 @@ takes for the next class, while independent judges still see their own.
 Writes generator-<row>.pt, samples-<row>.npz, figures, results.json and the classifiers into --out.
 """
 
-import copy
-import functools
 import hashlib
 from collections import deque, namedtuple
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.autograd import grad
 from torch.optim import SGD, Adam
 
 import acwgan
@@ -184,7 +185,7 @@ class Refiner(nn.Module):
     def __init__(self, original):
         super().__init__()
         self.latent = original.latent
-        self.original = copy.deepcopy(original)
+        self.original = deepcopy(original)
         self.first = nn.Conv2d(4, 40, 3, padding=1)
         self.classes = nn.Linear(CLASSES, 40)
         self.encoder = relu_convolution(40, 40)
@@ -248,7 +249,7 @@ def new_generator(variant, original):
     """The generator that a row starts from."""
     if variant.start == "refiner":
         return Refiner(original)
-    generator = copy.deepcopy(original).requires_grad_(True)
+    generator = deepcopy(original).requires_grad_(True)
     for module in generator.modules():
         if variant.start == "untrained" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -281,7 +282,7 @@ def pgd(network, images, labels, eps=0.3, alpha=0.02, steps=40, noise=0.0):
     for _ in range(steps):
         adv.requires_grad_()
         loss = F.cross_entropy(network(adv), labels)
-        (gradient,) = torch.autograd.grad(loss, adv)
+        (gradient,) = grad(loss, adv)
         adv = adv.detach() + alpha * gradient.sign()
         adv = adv.clamp(images - eps, images + eps).clamp(0, 1)
     return adv
@@ -340,7 +341,7 @@ def load_networks(out, dataset, images, labels, original, critic):
             "attack": attack,
         }
         if attack:
-            attack = functools.partial(pgd, **attack)
+            attack = partial(pgd, **attack)
         path = out / f"{name}.pt"
         network = acwgan.cached_classifier(path, network, images, labels, recipe, attack)
         networks.append(network)
@@ -422,7 +423,7 @@ def train(name, args, networks, real_images, real_labels):
     else:
         optimizer = SGD(generator.parameters(), variant.lr)
     if variant.critic_trains:
-        critic = copy.deepcopy(networks.critic).requires_grad_(True)
+        critic = deepcopy(networks.critic).requires_grad_(True)
         critic_adam = Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
         networks = networks._replace(critic=critic)
     bank = FeatureBank(networks.auxiliary, real_images)
