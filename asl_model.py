@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageDraw
 from scipy.stats import rankdata
 from torch import nn
 from torch.autograd import Function
@@ -605,11 +604,10 @@ def augment(images, seeds):
         for pixels, seed in zip((images * 255).round().byte(), seeds, strict=True):
             torch.default_generator.manual_seed(seed)
             left, top = (torch.randint(size, (2,)) - side // 2).tolist()
-            colour = tuple(torch.randint(256, (3,)).tolist())
-            image = to_pil_image(pixels)
-            square = (left, top, left + side - 1, top + side - 1)
-            ImageDraw.Draw(image).rectangle(square, colour)
-            augmented.append(to_tensor(RandAugment()(image)))
+            colour = torch.randint(256, (3, 1, 1))
+            pixels[:, max(0, top) : top + side, max(0, left) : left + side] = colour
+            image = RandAugment()(to_pil_image(pixels))
+            augmented.append(to_tensor(image))
     return torch.stack(augmented).contiguous(memory_format=torch.channels_last)
 
 
