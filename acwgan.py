@@ -274,17 +274,15 @@ def load_checkpoint(path):
 
 def open_checkpoint(args, dataset, n):
     """The checkpoint in --out, or that of a new training, for n images of a data set."""
-    settings = {"dataset": dataset, "limit": n}
-    for name in MUST_MATCH:
-        settings[name] = getattr(args, name)
+    settings = common.flags_of(args, MUST_MATCH)
+    settings.update(dataset=dataset, limit=n)
     path = args.out / "checkpoint.pt"
     if path.exists() and not args.force:
         checkpoint = load_checkpoint(path)
         common.require_same(path, checkpoint["settings"], settings)
         return checkpoint
     # --resume also restores these values, unless they are given as flags
-    for name in ("data", "device", "inception"):
-        settings[name] = getattr(args, name)
+    settings.update(common.flags_of(args, ("data", "device", "inception")))
     return {
         "kind": "acwgan",
         "settings": settings,
@@ -582,7 +580,8 @@ def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
     path = args.out / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
-    flags = {name: getattr(args, name) for name in MUST_MATCH if name != "seed"}
+    flags = common.flags_of(args, MUST_MATCH)
+    del flags["seed"]  # which draws other digits
     common.require_same(path, checkpoint["settings"], flags)
     generator = Generator(args.latent, args.width, args.image_size)
     generator.load_state_dict(checkpoint["average"])

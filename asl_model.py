@@ -678,20 +678,15 @@ def training_checkpoint(path, finished, args):
 
     `finished` is the file of the finished network.
     """
-    flags = {name: getattr(args, name) for name in MUST_MATCH}
+    settings = common.flags_of(args, MUST_MATCH)
     if path.exists() and not args.force:
         checkpoint = common.load_checkpoint(path, "delete it to train anew", "asl_model")
-        common.require_same(path, checkpoint["settings"], flags)
+        common.require_same(path, checkpoint["settings"], settings)
         return checkpoint
     if finished.exists() and not args.force:
         raise Failure(f"{finished} exists; choose another --out, or add --force", 2)
     # --resume also restores these, unless they are given as flags
-    settings = {
-        **flags,
-        "data": args.data,
-        "threshold": args.threshold,
-        "device": args.device,
-    }
+    settings.update(common.flags_of(args, ("data", "threshold", "device")))
     return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 

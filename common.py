@@ -181,6 +181,11 @@ def progress(*args, **kwargs):
     return tqdm(*args, leave=False, ncols=100, **kwargs)
 
 
+def flags_of(args, names):
+    """{name: value} of the flags `names`."""
+    return {name: getattr(args, name) for name in names}
+
+
 @contextmanager
 def hold(args, *must_match):
     """Create --out and keep other runs out of it.
@@ -199,8 +204,7 @@ def hold(args, *must_match):
             f"--out {folder} is in use by another run, or read-only; choose another"
         ) from None
     with closing(lock):
-        flags = {name: getattr(args, name) for name in ("script", *must_match)}
-        require_same_record(args, flags)
+        require_same_record(args, flags_of(args, ("script", *must_match)))
         for draft in folder.glob(".*.part"):  # of a run that was killed
             draft.unlink()
         yield
