@@ -874,7 +874,8 @@ def load_imagenet(data_dir, class_names, limit=None):
     paths = sorted(folder / name for name in names if is_image_file(name))
     if not paths:
         raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
-    rows = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths)))
+    n = len(paths)
+    rows = np.linspace(0, n - 1, min(limit or n, n))
     paths = [paths[round(row)] for row in rows]
     folders = sorted(path.name for path in folder.glob("n????????"))
     classes = []
@@ -909,12 +910,13 @@ def multi_label_subject(args, device):
         network, names = asl_model.load_asl(source)
     print(f"attacked network: {source}")
     task = new_task(args, names, device)
-    size = network.image_size
     if args.image:
-        photos = Photos([args.image], size)
+        photos = Photos([args.image], network.image_size)
         return Subject(network, task, photos, None, args.image.name)
     split = "test" if args.dataset == "scenes" else args.split
-    images, truth, _, description = asl_model.load_data(args, size, split, names)
+    images, truth, _, description = asl_model.load_data(
+        args, network.image_size, split, names
+    )
     return Subject(network, task, images, truth, description)
 
 

@@ -579,13 +579,17 @@ def write_figures(out, drawn, predictions):
         common.save_png(out / f"{title}.png", page)
 
 
-COLUMNS = {
+COLUMNS = {  # of the report: heading, key in results.json
     "before": "fooled_before",
     "fooled": "target_fooled",
     "judge": "judge_reads_y",
     "both": "both",
     "pgd": "pgd_judge_reads_y",
     "pgd both": "both_by_pgd_judge",
+    "score": "critic",
+    "L2": "l2",
+    "L2/C&W": "l2_over_cw",
+    "L-inf": "linf",
 }
 
 
@@ -610,13 +614,17 @@ least L2 change that fools the target; L2/C&W: L2 relative to that search's, on 
 """)
     lines = []
     for name, row in rows.items():
-        rates = [round(100 * row[key]["rate"], 1) for key in COLUMNS.values()]
-        n = row["both"]["n"]
-        numbers = [row["critic"], row["l2"], row["l2_over_cw"], row["linf"]]
-        # to 2 decimals, so that a line fits into 100 columns
-        rounded = [x if x is None else round(x, 2) for x in numbers]
-        lines.append([name, n, *rates, *rounded])
-    common.print_table(["row", "n", *COLUMNS, "score", "L2", "L2/C&W", "L-inf"], lines)
+        line = [name, row["both"]["n"]]
+        for key in COLUMNS.values():
+            value = row[key]
+            # rounded, so that a line fits into 100 columns
+            if isinstance(value, dict):
+                value = round(100 * value["rate"], 1)
+            elif value is not None:
+                value = round(value, 2)
+            line.append(value)
+        lines.append(line)
+    common.print_table(["row", "n", *COLUMNS], lines)
 
 
 def main(argv=None):
