@@ -740,9 +740,7 @@ def train(args, device, names):
     if total == 0:
         raise Failure(f"--batch-size exceeds the {size} training images", 2)
     parts = training_parts(args, device, checkpoint, names, total)
-    network = parts["network"]
-    average = parts["average"]
-    adam = parts["adam"]
+    network, average, adam = parts.values()
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])

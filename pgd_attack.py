@@ -406,24 +406,24 @@ def gradient_error(model, images, directions=4, step=1e-9):
     no_float64 = images.device.type == "mps"  # Apple's GPUs
     if no_float64:
         images = images.cpu()
-    originals = {}
-    if isinstance(model, nn.Module):
-        # the original might keep a float64 tensor that its first forward pass computes
-        with suppress(Exception):  # not every network can be copied
-            model = deepcopy(model)
-        if no_float64:
-            model = model.cpu()
-        for x in [*model.parameters(), *model.buffers()]:
-            if x.is_floating_point():
-                originals[x] = x.data
     stream = random_stream(0)
-    noise = torch.rand(images[:1].shape, generator=stream)
-    image = (0.1 + 0.8 * images[:1].cpu() + 0.01 * noise).double().to(images.device)
+    images = images[:1]
+    noise = torch.rand(images.shape, generator=stream)
+    image = (0.1 + 0.8 * images.cpu() + 0.01 * noise).double().to(images.device)
     largest = 0
     error = 0
+    originals = {}
     try:
-        for x in originals:
-            x.data = x.data.double()
+        if isinstance(model, nn.Module):
+            # the original might keep a float64 tensor that its first forward pass computes
+            with suppress(Exception):  # not every network can be copied
+                model = deepcopy(model)
+            if no_float64:
+                model = model.cpu()
+            for x in [*model.parameters(), *model.buffers()]:
+                if x.is_floating_point():
+                    originals[x] = x.data
+                    x.data = x.data.double()
         with evaluation_mode(model):
             x = image.clone().requires_grad_()
             logits = model(x.clone())
