@@ -197,25 +197,27 @@ def parse_args(argv=None):
     """The flags, with every default resolved, and `kind`, a key of DATASETS."""
     p = argument_parser()
     args = p.parse_args(argv)
-    model = args.model or ("digits" if args.week == 4 else "asl")
+    week = args.week
+    model = args.model or ("digits" if week == 4 else "asl")
     kind = model if model in ("asl", "digits") else "torchvision"
     if ":" in model:
         kind = "own"
     multi_label = kind in ("asl", "own")
     # week 4 attacks single-label classifiers, weeks 3 and 5 multi-label ones
-    if args.week and multi_label == (args.week == 4):
-        p.error(f"--week {args.week} does not go with --model {model}; see --help")
-    dataset = args.dataset or DATASETS[kind][0]
+    if week and multi_label == (week == 4):
+        p.error(f"--week {week} does not go with --model {model}; see --help")
+    datasets = DATASETS[kind]
+    dataset = args.dataset or datasets[0]
     if kind == "asl" and (args.image or args.weights):
         dataset = args.dataset or "coco"
-    if dataset not in DATASETS[kind]:
-        p.error(f"--dataset: --model {model} takes {' or '.join(DATASETS[kind])}")
+    if dataset not in datasets:
+        p.error(f"--dataset: --model {model} takes {' or '.join(datasets)}")
     ignored = []
     if not multi_label:
         ignored += ["sweep", "dose", "loss", "direction", "restarts", "threshold"]
     if args.sweep:
         ignored += ["eps", "restarts"]
-    if args.week or args.dose:
+    if week or args.dose:
         ignored += ["loss", "gradient", "eps", "alpha", "steps", "restarts"]
     if args.loss not in (None, "margin"):
         ignored += ["restarts"]
@@ -235,9 +237,9 @@ def parse_args(argv=None):
 
     target, eps, batch_size, limit = DEFAULTS[dataset if multi_label else kind]
     direction = "flip"
-    if args.week or args.dose or not multi_label:
+    if week or args.dose or not multi_label:
         direction = "on"
-    if dataset == "coco" and (args.week == 5 or args.dose):
+    if dataset == "coco" and (week == 5 or args.dose):
         target = "dining table"  # output 60; the log took it for the donut, whose category id is 60
     p.set_defaults(
         model=model,
