@@ -225,8 +225,10 @@ def load_week_1(path, dataset, device=None):
     if checkpoint["steps"] < checkpoint["total_steps"]:
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     trained_with = checkpoint["settings"]
-    known = ("auto", trained_with["dataset"])
-    if trained_with["image_size"] != 28 or dataset not in known:
+    if trained_with["image_size"] != 28 or dataset not in (
+        "auto",
+        trained_with["dataset"],
+    ):
         raise Failure(
             f"{path} does not draw 28 x 28 digits of --dataset {dataset}; name another "
             f"--generator, or train one: python acwgan.py --dataset {dataset} --out FOLDER",
@@ -673,12 +675,13 @@ def main(argv=None):
                 }
                 common.save(out / f"generator-{name}.pt", checkpoint)
             generator.to(device).eval()
-            drawn[name] = acwgan.generate(generator, labels, args.seed)
+            images = acwgan.generate(generator, labels, args.seed)
+            drawn[name] = images
             rows[name], predictions[name] = measure(
-                drawn[name], drawn["original"], labels, VARIANTS[name], networks
+                images, drawn["original"], labels, VARIANTS[name], networks
             )
             path = out / f"samples-{name}.npz"
-            acwgan.save_samples(path, drawn[name], labels, **predictions[name])
+            acwgan.save_samples(path, images, labels, **predictions[name])
         labels = labels[:CW_DIGITS]
         start = drawn["original"][:CW_DIGITS]
         least = carlini_wagner(networks.target, start, (labels + 1) % CLASSES)
