@@ -397,8 +397,7 @@ def save_checkpoint(out, checkpoint, parts):
 
 def resize(images, size):
     """Images (N, 1, H, W) in [0, 1] resized to `size` pixels, with antialiasing."""
-    resized = F.interpolate(images, size, mode="bilinear", antialias=True)
-    return resized.clamp(0, 1)
+    return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def in_batches(function, *tensors, size=100):

@@ -386,16 +386,14 @@ inplace_abn_1_0_12 = InplaceABN1012
 
 def published_weights(name, data_dir):
     """The path of torchvision's published weights of its network `name`, downloaded if absent."""
-    url = models.get_model_weights(name).DEFAULT.url
-    return common.download(url, data_dir)
+    return common.download(models.get_model_weights(name).DEFAULT.url, data_dir)
 
 
 def default_weights(dataset, data_dir, device):
     """The path of the newest network that --train left in OUT; failing that, of the classifier of
     scenes, trained first if absent, or of the published COCO network. Raises Failure if there is
     none."""
-    paths = OUT.glob(f"*-{dataset}.pth")
-    newest = max(paths, key=os.path.getmtime, default=None)
+    newest = max(OUT.glob(f"*-{dataset}.pth"), key=os.path.getmtime, default=None)
     if newest:
         return newest
     if dataset == "scenes":
@@ -409,8 +407,8 @@ def default_weights(dataset, data_dir, device):
         ) from None
 
 
-def state_dict_of(content, path="the checkpoint"):
-    """The state dict in a checkpoint, wrapped or not; raises Failure for other contents."""
+def state_dict_of(content, path):
+    """The state dict in the checkpoint of `path`, wrapped or not; raises Failure for others."""
     for key in ("model", "state_dict", "average"):  # the last: of an unfinished --train
         if isinstance(content.get(key), dict):
             content = content[key]

@@ -952,8 +952,7 @@ def single_label_subject(args, device):
         description = "photos of ImageNet"
     # cropped as these weights ask, but not normalised, which the network does itself
     transform = weights.transforms(mean=[0.0] * 3, std=[1.0] * 3)
-    images = Photos(paths, None, transform)
-    return Subject(network, task, images, truth, description)
+    return Subject(network, task, Photos(paths, None, transform), truth, description)
 
 
 # --- figures and tables

@@ -680,8 +680,9 @@ def main(argv=None):
             rows[name], predictions[name] = measure(
                 images, drawn["original"], labels, VARIANTS[name], networks
             )
-            path = out / f"samples-{name}.npz"
-            acwgan.save_samples(path, images, labels, **predictions[name])
+            acwgan.save_samples(
+                out / f"samples-{name}.npz", images, labels, **predictions[name]
+            )
         labels = labels[:CW_DIGITS]
         start = drawn["original"][:CW_DIGITS]
         least = carlini_wagner(networks.target, start, (labels + 1) % CLASSES)
