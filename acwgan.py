@@ -265,10 +265,10 @@ def generator_loss(critic, fake, labels):
     return F.cross_entropy(logits, labels) - scores.mean()
 
 
-def load_checkpoint(path):
-    """The checkpoint of a training run."""
+def load_checkpoint(path, settings=None):
+    """The checkpoint of a training run; raises Failure if any of its settings differs."""
     return common.load_checkpoint(
-        path, "choose another --out, or train anew with --force", "acwgan"
+        path, "choose another --out, or train anew with --force", "acwgan", settings
     )
 
 
@@ -278,9 +278,7 @@ def open_checkpoint(args, dataset, n):
     settings.update(dataset=dataset, limit=n)
     path = args.out / "checkpoint.pt"
     if path.exists() and not args.force:
-        checkpoint = load_checkpoint(path)
-        common.require_same(path, checkpoint["settings"], settings)
-        return checkpoint
+        return load_checkpoint(path, settings)
     # --resume also restores these values, unless they are given as flags
     settings.update(common.flags_of(args, ("data", "device", "inception")))
     return {
@@ -577,11 +575,9 @@ def figure(generated, real):
 
 def draw(args, device):
     """--sample: draw digits with the averaged generator of the checkpoint."""
-    path = args.out / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
-    flags = common.flags_of(args, MUST_MATCH)
-    del flags["seed"]  # which draws other digits
-    common.require_same(path, checkpoint["settings"], flags)
+    settings = common.flags_of(args, MUST_MATCH)
+    del settings["seed"]  # another one draws other digits
+    checkpoint = load_checkpoint(args.out / "checkpoint.pt", settings)
     generator = Generator(args.latent, args.width, args.image_size)
     generator.load_state_dict(checkpoint["average"])
     labels = torch.arange(args.sample, device=device) % CLASSES

@@ -678,9 +678,9 @@ def training_checkpoint(path, finished, args):
     """
     settings = common.flags_of(args, MUST_MATCH)
     if path.exists() and not args.force:
-        checkpoint = common.load_checkpoint(path, "delete it to train anew", "asl_model")
-        common.require_same(path, checkpoint["settings"], settings)
-        return checkpoint
+        return common.load_checkpoint(
+            path, "delete it to train anew", "asl_model", settings
+        )
     if finished.exists() and not args.force:
         raise Failure(f"{finished} exists; choose another --out, or add --force", 2)
     # --resume also restores these, unless they are given as flags

@@ -246,11 +246,12 @@ def save(path, content, rates="its learning rate"):
         torch.save(content, file)
 
 
-def load_checkpoint(path, advice, kind=None):
+def load_checkpoint(path, advice, kind=None, settings=None):
     """The dictionary of tensors (on the CPU) and plain values that torch.save wrote to `path`.
 
     Nothing else is loaded, so that no file can run code. Raises Failure, whose text ends in
-    `advice`, if the file is absent, damaged or unsafe, has another "kind", or holds NaN.
+    `advice`, if the file is absent, damaged or unsafe, has another "kind", or holds NaN; and if any
+    of its "settings" differs from these.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -262,6 +263,8 @@ def load_checkpoint(path, advice, kind=None):
         raise Failure(f"{path} is not a checkpoint of {kind or 'a network'}; {advice}")
     if not is_finite(content):
         raise Failure(f"{path} holds a NaN or infinite weight; {advice}")
+    if settings:
+        require_same(path, content["settings"], settings)
     return content
 
 
