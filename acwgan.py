@@ -516,7 +516,7 @@ def frechet(x, y):
 def accuracy(classifier, images, labels):
     """The rate at which the classifier predicts the labels (N,) of images (N, 1, 28, 28)."""
     hits = predict(classifier, images).argmax(1) == labels
-    return common.wilson(hits.sum(), len(hits))
+    return common.wilson(hits)
 
 
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):

@@ -738,7 +738,9 @@ def train(args, device, names):
     if total == 0:
         raise Failure(f"--batch-size exceeds the {size} training images", 2)
     parts = training_parts(args, device, checkpoint, names, total)
-    network, average, adam = parts.values()
+    network = parts["network"]
+    average = parts["average"]
+    adam = parts["adam"]
     weights = [x for x in network.state_dict().values() if x.is_floating_point()]
     averages = [x for x in average.state_dict().values() if x.is_floating_point()]
     asl = AsymmetricLoss(4, GAMMA_POS[args.dataset])
@@ -842,12 +844,11 @@ def measure(logits, labels, threshold):
     """The numbers of the report, of arrays (N, L). The intervals take labels as independent."""
     predicted = is_present(logits, threshold)
     present = labels > 0
-    hits = (predicted & present).sum()
     return {
         "n": len(labels),
         "mAP": average_precision(logits, labels).mean().item(),
-        "OP": wilson(hits, predicted.sum()),
-        "OR": wilson(hits, present.sum()),
+        "OP": wilson(present[predicted]),
+        "OR": wilson(predicted[present]),
     }
 
 

@@ -293,11 +293,12 @@ def require_same_record(args, facts):
     require_same(path, old, json.loads(json.dumps(facts, default=str)))
 
 
-def wilson(hits, n):
-    """A rate with its 95 % Wilson interval: {"rate", "low", "high", "n"}; None if n is 0."""
-    if not n:
+def wilson(hits):
+    """The rate of True in hits (N,) with its 95 % Wilson interval: {"rate", "low", "high", "n"};
+    None if N is 0."""
+    if len(hits) == 0:
         return None
-    test = scipy.stats.binomtest(int(hits), int(n))
+    test = scipy.stats.binomtest(int(hits.sum()), len(hits))
     low, high = test.proportion_ci(method="wilson")
     return {"rate": test.statistic, "low": low, "high": high, "n": test.n}
 

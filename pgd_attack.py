@@ -736,11 +736,11 @@ def rate_over_photos(hits, totals):
     rates = hits[drawn].sum(1).double() / sums
     low, high = np.percentile(rates[sums > 0], (2.5, 97.5)).tolist()
     # if every resample is 0, or 1, too: Wilson's bound for the photos that have any
-    photos = (totals > 0).sum()
+    bounds = wilson(hits[totals > 0] > 0)
     if hits.sum() == 0:
-        high = wilson(0, photos)["high"]
+        high = bounds["high"]
     elif torch.equal(hits, totals):
-        low = wilson(photos, photos)["low"]
+        low = bounds["low"]
     return {"rate": hits.sum().item() / n, "low": low, "high": high, "n": n}
 
 
@@ -757,11 +757,11 @@ def count_labels(logits_before, logits_after, truth, task):
     wanted = wanted_labels(logits_before, task)
     to_change = (wanted != before).any(1)
     right = (after == wanted)[to_change]
-    numbers = {"target_switched": wilson(right[:, target].sum(), len(right))}
+    numbers = {"target_switched": wilson(right[:, target])}
     if not task.multi_label:
         numbers["mean_sigmoid"] = logits_after[:, target].sigmoid().mean().item()
         return numbers
-    numbers["exact"] = wilson(right.all(1).sum(), len(right))
+    numbers["exact"] = wilson(right.all(1))
     for when, labels in {"actual": truth, "before": before, "after": after}.items():
         if labels is not None:
             numbers[f"target_{when}"] = int(labels[:, target].sum())
@@ -1236,8 +1236,7 @@ def report(args, device, subject, rows, outcomes, record):
             record["mAP"] = ap.mean().item()
         else:
             hits = before.argmax(1) == truth
-            known = truth >= 0
-            record["accuracy"] = wilson(hits.sum(), known.sum())
+            record["accuracy"] = wilson(hits[truth >= 0])
     save_arrays(args, subject, outcomes)
     name = network_name(args)
     about = subject.description

@@ -67,6 +67,11 @@ def held(folder):
     return common.hold(argparse.Namespace(out=folder, force=True, script=""))
 
 
+def wilson(hits, n):
+    """The rate of `hits` of `n` with its interval."""
+    return common.wilson(torch.arange(int(n)) < int(hits))
+
+
 def random_stream(seed=0):
     """A torch.Generator of its own for a test."""
     return torch.Generator().manual_seed(1000 * SEED + seed)
@@ -249,8 +254,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_a_table_is_aligned_and_shows_rates_with_wilsons_interval(capsys):
-    rows = [["pgd", common.wilson(5, 10)], ["none", common.wilson(0, 0)]]
-    common.print_table(["l2", common.wilson(np.int64(0), torch.tensor(10))], rows)
+    rows = [["pgd", wilson(5, 10)], ["none", wilson(0, 0)]]
+    common.print_table(["l2", wilson(np.int64(0), torch.tensor(10))], rows)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "l2      0.0% [0.0%, 27.8%]"  # z^2 / (n + z^2), where z is 1.96
     assert lines[1] == "pgd   50.0% [23.7%, 76.3%]"
@@ -619,8 +624,8 @@ def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
     assert torch.equal(generator(latent, requested), drawn)
     hits = classifier(samples).argmax(1) == requested
     correct = classifier(test_images).argmax(1) == test_labels
-    assert record["class_accuracy"] == common.wilson(hits.sum(), 100)
-    assert record["evaluation_accuracy"] == common.wilson(correct.sum(), 100)
+    assert record["class_accuracy"] == wilson(hits.sum(), 100)
+    assert record["evaluation_accuracy"] == wilson(correct.sum(), 100)
     stream.manual_seed(SEED + 1)
     latent = torch.randn(26, 74, generator=stream)
     matched = (generator(latent, labels[134:]) * 255).round() / 255
@@ -900,7 +905,7 @@ def test_samples_are_those_of_the_rows_generator_and_counted(transferred, networ
         ratio = l2[:20].mean() / least
         assert rows[name]["l2_over_cw"] == pytest.approx(ratio, rel=1e-4)
         fooled = (samples["predicted"] == wanted)[counts]
-        assert rows[name]["target_fooled"] == common.wilson(fooled.sum(), len(fooled))
+        assert rows[name]["target_fooled"] == wilson(fooled.sum(), len(fooled))
 
 
 def test_every_column_measures_what_its_name_says():
@@ -920,7 +925,7 @@ def test_every_column_measures_what_its_name_says():
     hits = {"fooled_before": 1, "target_fooled": 3, "judge_reads_y": 2, "both": 2}
     hits.update(pgd_judge_reads_y=2, both_by_pgd_judge=1)
     for name, n in hits.items():
-        assert row[name] == common.wilson(n, 4), name
+        assert row[name] == wilson(n, 4), name
     assert row["l2"] == row["linf"] == 0.5
     assert row["critic"] == 2.5, "of the digits themselves"
 
@@ -1565,8 +1570,8 @@ def test_rates_count_labels_above_the_threshold():
     logits = np.array([[2.0, -2.0, 0.0], [0.1, 3.0, -1.0]])
     labels = np.array([[1, 0, 1], [0, 1, 0]])
     numbers = asl_model.measure(logits, labels, 0.5)
-    assert numbers["OP"] == numbers["OR"] == common.wilson(2, 3), "0.5 is not above 0.5"
-    assert asl_model.measure(logits, labels, 0.8)["OP"] == common.wilson(2, 2)
+    assert numbers["OP"] == numbers["OR"] == wilson(2, 3), "0.5 is not above 0.5"
+    assert asl_model.measure(logits, labels, 0.8)["OP"] == wilson(2, 2)
 
 
 def test_scenes_have_labels_seeds_and_disjoint_splits(data):
@@ -2337,8 +2342,8 @@ def test_labels_are_wanted_and_counted_as_numpy_does(direction):
     switched = (on != after[:, 3]) & attacked
     exact = switched & (lost + won == 0)
     n = attacked.sum()
-    assert numbers["target_switched"] == common.wilson(switched.sum(), n)
-    assert numbers["exact"] == common.wilson(exact.sum(), n)
+    assert numbers["target_switched"] == wilson(switched.sum(), n)
+    assert numbers["exact"] == wilson(exact.sum(), n)
     assert numbers["others_lost"]["rate"] == pytest.approx(lost.sum() / old.sum())
     assert numbers["others_new"] == won.sum()
     wronged = (correct & ~new).sum()
@@ -2372,10 +2377,10 @@ def test_rates_over_photos_resample_photos():
     assert pgd_attack.rate_over_photos(0 * hits, 0 * hits) is None
     rate = pgd_attack.rate_over_photos(0 * hits, totals)
     assert (rate["rate"], rate["low"]) == (0, 0)
-    assert rate["high"] == common.wilson(0, 20)["high"], "no interval of width 0"
+    assert rate["high"] == wilson(0, 20)["high"], "no interval of width 0"
     rate = pgd_attack.rate_over_photos(totals, totals)
     assert (rate["rate"], rate["high"]) == (1, 1)
-    assert rate["low"] == common.wilson(20, 20)["low"], "no interval of width 0"
+    assert rate["low"] == wilson(20, 20)["low"], "no interval of width 0"
     # a sample without the one photo that has labels is left out
     one = torch.tensor([0, 0, 1, 0, 0])
     rate = pgd_attack.rate_over_photos(3 * one, 4 * one)
@@ -3011,7 +3016,7 @@ def test_week_4_counts_the_images_that_are_not_the_target():
     before = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
     after = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 2]])
     numbers = pgd_attack.count_labels(before, after, None, task)
-    assert numbers["target_switched"] == common.wilson(2, 3)
+    assert numbers["target_switched"] == wilson(2, 3)
     mean_sigmoid = after[:, 1].sigmoid().mean()
     assert numbers["mean_sigmoid"] == pytest.approx(mean_sigmoid.item())
 

@@ -225,10 +225,8 @@ def load_week_1(path, dataset, device=None):
     if checkpoint["steps"] < checkpoint["total_steps"]:
         print(f"{path} is unfinished: python acwgan.py --resume --out {path.parent}")
     trained_with = checkpoint["settings"]
-    if trained_with["image_size"] != 28 or dataset not in (
-        "auto",
-        trained_with["dataset"],
-    ):
+    known = ("auto", trained_with["dataset"])
+    if trained_with["image_size"] != 28 or dataset not in known:
         raise Failure(
             f"{path} does not draw 28 x 28 digits of --dataset {dataset}; name another "
             f"--generator, or train one: python acwgan.py --dataset {dataset} --out FOLDER",
@@ -510,7 +508,7 @@ def measure(images, original, labels, variant, networks):
     counted = labels != wanted  # an image of the wanted class fools nobody
     row = {}
     for name, hit in hits.items():
-        row[name] = common.wilson(hit[counted].sum(), counted.sum())
+        row[name] = common.wilson(hit[counted])
     scores = acwgan.predict(lambda batch: networks.critic(batch)[0], images)
     row["critic"] = scores.mean().item()
     change = (images - original)[counted]
