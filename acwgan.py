@@ -29,14 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import common
-from common import (
-    Failure,
-    autocast,
-    number,
-    positive_int,
-    random_stream,
-    shuffled_batches,
-)
+from common import Failure, number, positive_int
 
 CLASSES = 10
 # strided convolutions that double the maps' side; a pixel shuffle doubles it once more
@@ -288,6 +281,22 @@ def open_checkpoint(args, dataset, n):
         "total_steps": n // args.batch_size * args.epochs,
         "history": [],
     }
+
+
+def autocast(device):
+    """Compute in bfloat16 if `device` multiplies it in hardware, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=common.has_bf16(device))
+
+
+def random_stream(seed):
+    """A torch.Generator of its own, on the CPU, for draws that nothing else may shift."""
+    return torch.Generator().manual_seed(seed)
+
+
+def shuffled_batches(n, size, stream, device="cpu"):
+    """The row numbers 0 to n - 1 in a random order of `stream`, as full batches (size,)."""
+    order = torch.randperm(n, generator=stream).to(device)
+    return order.split(size)[: n // size]
 
 
 def critic_step(critic, adam, real, labels, fake):

@@ -38,7 +38,7 @@ from torchvision.transforms import RandAugment
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
 import common
-from common import Failure, Photos, number, positive_int, random_stream, wilson
+from common import Failure, Photos, number, positive_int, wilson
 
 
 class Architecture(NamedTuple):
@@ -655,8 +655,9 @@ def training_batches(args, images, labels, done):
     batches = []
     mirrored = []
     for epoch in range(args.epochs):
-        stream = random_stream(derived_seed(args.seed, epoch))
-        batches += common.shuffled_batches(len(labels), args.batch_size, stream)
+        stream = torch.Generator().manual_seed(derived_seed(args.seed, epoch))
+        order = torch.randperm(len(labels), generator=stream)
+        batches += order.split(args.batch_size)[:per_epoch]
         mirrored.append(torch.rand(len(labels), generator=stream) < 0.5)
     for step, batch in enumerate(read_batches(images, batches[done:]), done):
         rows = batches[step]
@@ -764,7 +765,7 @@ def train(args, device, names):
         for name, weight in network.named_parameters():
             weight.requires_grad_(step > head_steps or "fc." in name)
         adam.param_groups[0]["lr"] = learning_rate(args.lr, step, head_steps, total)
-        with common.autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, common.has_bf16(device)):
             logits = network(batch.to(device))
         loss = asl(logits, targets.to(device))
         adam.zero_grad()

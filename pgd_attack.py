@@ -55,8 +55,9 @@ from torchvision.utils import make_grid
 import acwgan
 import asl_model
 import common
+from acwgan import random_stream
 from asl_model import is_present
-from common import Failure, Photos, number, positive_int, random_stream, wilson
+from common import Failure, Photos, number, positive_int, wilson
 
 # the gradient of the package that the ASL repository pinned
 INPLACE_ABN = "inplace-abn-1.0.12"

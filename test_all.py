@@ -275,7 +275,7 @@ def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch)
     assert shlex.split(record["command"]) == ["python", *command]
     assert record["settings"]["seed"] == 1
     assert (record["device"], record["bfloat16"]) == ("cpu", common.has_bf16(CPU))
-    assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, None)
+    assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, "")
     if shutil.which("git"):
         subprocess.run(["git", "init", "-q", folder], check=True)
         git = f"git -C {shlex.quote(str(folder))} -c user.name=x -c user.email=x"

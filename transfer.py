@@ -28,8 +28,8 @@ from torch.optim import SGD, Adam
 
 import acwgan
 import common
-from acwgan import CLASSES, cnn
-from common import Failure, autocast, number, positive_int, random_stream
+from acwgan import CLASSES, autocast, cnn, random_stream
+from common import Failure, number, positive_int
 
 
 class Variant(NamedTuple):
