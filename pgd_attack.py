@@ -1245,23 +1245,22 @@ def report(args, device, subject, rows, outcomes, record):
         about = f"{len(subject.images):,} {about}"
     title = f"{name} on {about}; goal: {args.target} {args.direction}"
     shown = [*rows[:3], rows[-1]] if len(rows) > 3 else rows
-    pictures = {f"pgd-attack-on-{name}": figure(title, outcomes, shown, task)}
+    page = figure(title, outcomes, shown, task)
+    common.save_png(args.out / f"pgd-attack-on-{name}.png", page)
     if args.dose:
         cosines = {}
         for row in rows[:-1]:
             cosines[row.name] = outcomes[row.name].cosines.mean().item()
         skipped = [row.skipped for row in rows[:-2]] + [record["skipped"]]
         curves = dose_curves(record["rows"], list(cosines.values()), args.target)
-        pictures["dose"] = plot_dose(title, skipped, curves)
+        common.save_png(args.out / "dose.png", plot_dose(title, skipped, curves))
         record["cosines"] = cosines
     if args.image:
         picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
-        pictures[f"{args.image.stem}-adversarial"] = picture
+        common.save_png(args.out / f"{args.image.stem}-adversarial.png", picture)
         labels, reached = photo_labels(subject.network, outcomes, task, device)
         record["labels_of_8_bit_image"] = labels
         record["8_bit_image_reaches_goal"] = reached
-    for name, picture in pictures.items():
-        common.save_png(args.out / f"{name}.png", picture)
     record = common.write_results(args, device, record)
 
     print(title)
@@ -1275,7 +1274,7 @@ def report(args, device, subject, rows, outcomes, record):
             print("the 8-bit image misses the goal; a larger --eps may help")
     else:
         print_report(rows, record["rows"], task)
-    print(f"{args.out} holds results.json, adversarial.npz, {', '.join(pictures)} (.png)")
+    print(f"{args.out} holds results.json, adversarial.npz and the figures (PNG)")
     return record
 
 
