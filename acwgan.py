@@ -407,22 +407,22 @@ def resize(images, size):
     return F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def in_batches(function, *tensors, size=100):
-    """function(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
+@torch.no_grad()
+def predict(network, *tensors, size=100):
+    """network(*tensors), computed `size` rows at a time, which fits a CPU's cache."""
     parts = [tensor.split(size) for tensor in tensors]
     batches = list(zip(*parts, strict=True))
     results = []
     for batch in common.progress(batches, "images", unit_scale=size):
-        results.append(function(*batch))
+        results.append(network(*batch))
     return torch.cat(results)
 
 
-@torch.no_grad()
 def generate(generator, labels, seed):
     """8-bit images (N, 1, 28, 28) in [0, 1] for labels (N,) int64, from the latents of `seed`."""
     stream = random_stream(seed)
     latent = torch.randn(len(labels), generator.latent, generator=stream)
-    images = in_batches(generator, latent.to(labels.device), labels, size=125)
+    images = predict(generator, latent.to(labels.device), labels, size=125)
     return (resize(images, 28) * 255).round() / 255
 
 
@@ -501,12 +501,6 @@ def evaluation_classifier(out, dataset, images, labels):
     return cached_classifier(
         out / "evaluation_classifier.pt", network, images[:n], labels[:n], settings
     )
-
-
-@torch.no_grad()
-def predict(network, images):
-    """Logits of images (N, 1, 28, 28) in [0, 1]."""
-    return in_batches(network, images)
 
 
 def features(classifier, images):
