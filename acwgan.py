@@ -516,10 +516,14 @@ def frechet(x, y):
     return common.frechet_distance(*moments)
 
 
+def classify(classifier, images):
+    """The classes (N,) int64 that the classifier predicts for images (N, 1, 28, 28)."""
+    return predict(classifier, images).argmax(1)
+
+
 def accuracy(classifier, images, labels):
     """The rate at which the classifier predicts the labels (N,) of images (N, 1, 28, 28)."""
-    hits = predict(classifier, images).argmax(1) == labels
-    return common.wilson(hits)
+    return common.wilson(classify(classifier, images) == labels)
 
 
 def evaluate(args, generator, classifier, images, labels, test_images, test_labels):

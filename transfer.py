@@ -28,7 +28,7 @@ from torch.optim import SGD, Adam
 
 import acwgan
 import common
-from acwgan import CLASSES, autocast, cnn, random_stream
+from acwgan import CLASSES, autocast, classify, cnn, random_stream
 from common import Failure, number, positive_int
 
 
@@ -346,11 +346,6 @@ def load_networks(out, dataset, images, labels, original, critic):
         network = acwgan.cached_classifier(path, network, images, labels, recipe, attack)
         networks.append(network)
     return Networks(*networks)
-
-
-def classify(network, images):
-    """The classes (N,) int64 that `network` predicts for images (N, 1, 28, 28)."""
-    return acwgan.predict(network, images).argmax(1)
 
 
 def measure_classifiers(networks, images, labels):
