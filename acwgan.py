@@ -65,7 +65,7 @@ def parse_args(argv=None):
         "runs/acwgan",
         ("auto", "mnist", "glyphs"),
         "auto: mnist, or glyphs if MNIST is unavailable",
-        "train on the first N images",
+        "train on the first N images; default: all",
     )
     add = parser.add_argument
     rate = number(float, 1e-9)

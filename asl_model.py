@@ -79,6 +79,7 @@ MUST_MATCH = (
     "limit",
     "seed",
     "weights",
+    "threshold",
 )
 COCO_DETECTOR = models.detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT
 
@@ -91,7 +92,7 @@ def parse_args(argv=None):
         OUT,
         ("coco", "scenes"),
         "images with labels",
-        "use only the first N photos, or N scenes, of each split",
+        "use only the first N photos, or N scenes, of each split; default: all",
     )
     p.epilog = """defaults that depend on the network and the data:
   tresnet_m, l, xl    --image-size 224, 448, 640 --epochs 60 --batch-size 16 --lr 1e-3
@@ -281,7 +282,7 @@ def fold(network):
             module[1] = nn.Identity()
             if norm.slope != 1:
                 module[1] = nn.LeakyReLU(norm.slope, inplace=True)
-    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 # --- the gradient of inplace_abn v1.0.12
@@ -685,7 +686,7 @@ def training_checkpoint(path, finished, args):
     if finished.exists() and not args.force:
         raise Failure(f"{finished} exists; choose another --out, or add --force", 2)
     # --resume also restores these, unless they are given as flags
-    settings.update(common.flags_of(args, ("data", "threshold", "device")))
+    settings.update(common.flags_of(args, ("data", "device")))
     return {"kind": "asl_model", "settings": settings, "steps": 0, "history": []}
 
 

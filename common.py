@@ -177,14 +177,14 @@ def hold(args, *must_match):
     or was made with other values of the flags `must_match`.
     """
     folder = args.out
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         # the operating system releases a database's lock, however this process ends
         lock = sqlite3.connect(folder / ".lock", timeout=0)
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error:
+    except Exception:  # of sqlite3 or mkdir
         raise Failure(
-            f"--out {folder} is in use by another run, or read-only; choose another"
+            f"--out {folder} is in use by another run, read-only or no folder; choose another"
         ) from None
     with closing(lock):
         require_same_record(args, flags_of(args, ("script", *must_match)))
@@ -258,7 +258,7 @@ def require_same(path, old, new):
         if before != value:
             raise Failure(
                 f"{path} was made with {name} {before}, not {value}; "
-                "choose another --out, or add --force",
+                "repeat the former, choose another --out, or add --force",
                 2,
             )
 

@@ -279,7 +279,9 @@ def run_name(args):
         run = "dose"
     data = args.image.stem if args.image else args.dataset
     if args.split == "train2017":
-        data = "train2017-augmented" if args.augment else "train2017"
+        data = "train2017"
+    if args.augment:
+        data += "-augmented"
     return re.sub(r"[^\w.-]", "_", f"{run}-{network_name(args)}-{data}-{args.target}")
 
 
@@ -533,13 +535,13 @@ WEEK_3 = (
     # logged on 9 June
     Row("softmax-ce-inplace-abn", "softmax-ce", 0.6, INPLACE_ABN),
     Row("softmax-ce", "softmax-ce", 0.6),
-    Row("noise", None, 80 / 255),  # as far as 40 steps of 2/255 can go
+    Row("noise", None, 80 / 255, steps=0),  # as far as 40 steps of 2/255 can go
     Row("rotated", ROTATED, 0.6, INPLACE_ABN),
 )
 WEEK_5 = (
     Row("softmax-bce-inplace-abn", "softmax-bce", gradient=INPLACE_ABN),  # as logged
     Row("softmax-bce", "softmax-bce"),
-    Row("noise", None),
+    Row("noise", None, steps=0),
     Row("bce-inplace-abn", "bce", gradient=INPLACE_ABN),
     Row("bce", "bce"),
     Row("softmax-ce-inplace-abn", "softmax-ce", gradient=INPLACE_ABN),
@@ -577,7 +579,7 @@ def rows_of(args):
             alpha = min(ours.alpha, eps / 255 / 4)
             row = ours._replace(eps=eps / 255, alpha=alpha, early_stop=True, restarts=0)
             rows += [
-                row._replace(name=f"noise-{eps}", loss=None, gradient="right"),
+                row._replace(name=f"noise-{eps}", loss=None, gradient="right", steps=0),
                 row._replace(name=f"twice-the-steps-{eps}", steps=2 * row.steps),
                 row._replace(name=f"attack-{eps}"),
             ]
@@ -586,7 +588,7 @@ def rows_of(args):
         for skipped in DOSE:
             name = "all" if skipped is None else f"first-{skipped}"
             rows.append(Row(name, "softmax-bce", gradient=INPLACE_ABN, skipped=skipped))
-        return [*rows, Row("noise", None)]
+        return [*rows, Row("noise", None, steps=0)]
     return [ours]
 
 
@@ -811,7 +813,8 @@ def own_network(spec, device):
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
         network, names, size = runpy.run_path(path)[function]()
-        network = network.float().to(device).eval()
+        # in a Sequential, as a scripted network takes no hooks
+        network = nn.Sequential(network).float().to(device).eval()
         names = [str(name) for name in names]
         images = torch.zeros(3, 3, size, size, device=device)
         images[1] = torch.rand(3, size, size, generator=random_stream(0))
@@ -823,8 +826,8 @@ def own_network(spec, device):
         shape = tuple(logits.shape)
     except (Exception, SystemExit) as problem:
         raise Failure(
-            f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return "
-            "(network, class names, image size)"
+            f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return (network, class "
+            "names, image size), and the network must take several images at once"
         ) from None
     reason = ""
     if shape != (3, len(names)):
@@ -1296,8 +1299,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
     batches = torch.arange(total).split(args.batch_size)[rank::world]
     bar = common.progress(
         desc="attacking, in images",
-        total=len(rows) * len(batches),
-        unit_scale=args.batch_size,
+        total=len(rows) * sum(map(len, batches)),
         disable=rank > 0,
         miniters=0,
     )
@@ -1335,7 +1337,7 @@ def run_attacks(args, device, rank, world, subject, networks, rows):
             outcome.rms[batch] = (moved - images).square().mean((1, 2, 3)).sqrt().cpu()
             if i == 0:
                 first_change = moved - images
-            bar.update()
+            bar.update(len(batch))
     bar.close()
     if world > 1:
         for outcome in outcomes.values():
@@ -1396,7 +1398,14 @@ def main(argv=None):
             networks[row.name] = network
             if row.gradient == INPLACE_ABN:
                 networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.skipped)
-        outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
+        try:
+            outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
+        except Exception as problem:
+            if args.kind != "own" or isinstance(problem, Failure):
+                raise
+            raise Failure(
+                f"--model {args.model}: {problem!r}; does a smaller --batch-size help?"
+            ) from None
         if rank > 0:
             return None
         return report(args, device, subject, rows, outcomes, record)

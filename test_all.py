@@ -192,6 +192,9 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_pat
     for _ in range(2):
         with held(folder), refused(folder, "another run"), held(folder):
             pass
+    (tmp_path / "file").touch()
+    with refused("file", "no folder"), held(tmp_path / "file"):
+        pass
 
 
 def test_what_a_killed_run_had_half_written_is_deleted(tmp_path):
@@ -730,12 +733,12 @@ def test_a_training_of_other_settings_is_refused(gan_copy):
     with quick_week_1():
         for setting in [*OTHER_SETTINGS.split(", "), f"seed {SEED + 2}"]:
             value = setting.split()[1]
-            with refused(f"not {value}; choose", "--out", "--force", code=2):
+            with refused(f"not {value};", "--out", "--force", code=2):
                 week_1(gan_copy, f"--resume --{setting}")
-        with refused("not 0.5; choose", "--out", "--force", code=2):
+        with refused("not 0.5;", "--out", "--force", code=2):
             week_1(gan_copy, f"{DIGITS} --average 0.5")
         (gan_copy / "checkpoint.pt").unlink()
-        with refused("results.json", "not 0.5; choose", code=2):
+        with refused("results.json", "not 0.5;", code=2):
             week_1(gan_copy, f"{DIGITS} --average 0.5")
 
 
@@ -1006,6 +1009,12 @@ def test_rows_stay_and_are_compared_where_the_search_succeeds(
     for name in transfer.VARIANTS:
         before = transferred["rows"][name]
         assert rows[name] == {**before, "l2_over_cw": rows[name]["l2_over_cw"]}
+
+
+def test_a_figure_without_rows_is_not_drawn(tmp_path):
+    transfer.write_figures(tmp_path, {"original": torch.zeros(10, 1, 28, 28)}, {})
+    assert not (tmp_path / "synthetic-adversarial-framework.png").exists()
+    assert (tmp_path / "closest.png").exists()
 
 
 def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
@@ -1350,7 +1359,7 @@ def test_a_published_file_gives_inplace_abns_logits(tmp_path):
         for folded in (True, False):
             network, names = asl_model.load_asl(tmp_path / "file.pth", folded=folded)
             assert names == list("abcdefghij")
-            assert not network.training
+            assert not any(module.training for module in network.modules())
             logits = torch.from_numpy(asl_model.predict(network, images, CPU, 2))
             assert difference(logits, truth) < 1e-4
 
@@ -1712,7 +1721,8 @@ def test_a_stopped_training_resumes_to_the_same_bits(
     assert [entry["step"] for entry in history] == list(range(1, 7))
     monkeypatch.setattr(torch.optim.Adam, "step", None)
     assert classifier(data, tmp_path, "--resume")["val2017"] == trained["val2017"]
-    for flag in ("--lr 0.1", "--limit 9", "--seed 1", "--batch-size 2", "--epochs 9"):
+    flags = "--lr 0.1, --limit 9, --seed 1, --batch-size 2, --epochs 9, --threshold 0.5"
+    for flag in flags.split(", "):
         with refused(flag.split()[1], "--force", code=2):
             classifier(data, tmp_path, f"--resume {flag}")
     # a forced training that stops at once leaves none to resume
@@ -2401,7 +2411,8 @@ def test_the_rows_of_weeks_3_and_5_are_those_on_record():
         assert {(row.loss, row.gradient, row.eps) for row in rows} == settings
         assert len({row.name for row in rows}) == len(rows) == len(settings)
         for row in rows:
-            assert (row.alpha, row.steps, row.early_stop) == (2 / 255, 40, False)
+            assert (row.alpha, row.early_stop) == (2 / 255, False)
+            assert row.steps == (40 if row.loss else 0)
             is_wrong = row.gradient != "right"
             assert row.name.endswith(("-inplace-abn", "rotated")) == is_wrong
 
@@ -2420,6 +2431,7 @@ IMAGENET_ATTACK.update(alpha=2 / 255, steps=40)
         ("", "attack-asl-scenes-8", SCENES_ATTACK),
         ("--sweep --target 3", "sweep-asl-scenes-3", {**SCENES_ATTACK, "target": "3"}),
         ("--dataset coco", "attack-asl-coco-person", PHOTOS_ATTACK),
+        ("--dataset coco --augment", "attack-asl-coco-augmented-person", PHOTOS_ATTACK),
         ("--week 3 --dataset coco", "week3-asl-coco-person", {"direction": "on"}),
         ("--week 5 --model a/b.py:f", "week5-b-coco-dining_table", WEEK_5_ATTACK),
         (
@@ -2609,7 +2621,7 @@ def test_the_time_left_is_looked_at_in_every_step(attackable, tmp_path, monkeypa
     monkeypatch.setattr(common, "progress", Mock(return_value=bar))
     attack(attackable, tmp_path, "--loss bce --steps 5 --batch-size 6")
     updates = [call.args for call in bar.update.call_args_list]
-    assert updates[-1] == ()
+    assert updates[-1] == (6,)
     assert updates.count((0,)) > 5
 
 
@@ -2769,11 +2781,16 @@ class Grid(nn.Module):
 def scripted():
     return torch.jit.trace(Locked().layers, torch.rand(1, 3, 16, 16)), NAMES, 16
 
+def saved():
+    torch.jit.save(scripted()[0], "saved.pt")
+    return torch.jit.load("saved.pt"), NAMES, 16
+
 load = lambda: (Locked(), NAMES, 16)
 grid = lambda: (Grid(), NAMES, 40)
 large = lambda: (Grid(), NAMES, 512)
 plain = lambda: (Locked().layers, NAMES, 16)
 half = lambda: (Locked().half(), NAMES, 16)
+small = lambda: (Locked(before=lambda x: x if len(x) < 4 else 1 / 0), NAMES, 16)
 frozen = lambda: (Locked(after=torch.no_grad()(lambda x: x * 2)), NAMES, 16)
 detached = lambda: (Locked(before=torch.detach), NAMES, 16)
 probabilities = lambda: (Locked(after=torch.sigmoid), NAMES, 16)
@@ -2804,8 +2821,9 @@ def own_arrays(own, function, *more):
     return np.load(path.parent / "out" / "adversarial.npz"), record
 
 
-@pytest.mark.parametrize("function", ["load", "half", "scripted"])
-def test_a_network_of_ones_own_is_attacked_on_its_photos(own, function):
+@pytest.mark.parametrize("function", ["load", "half", "scripted", "saved"])
+def test_a_network_of_ones_own_is_attacked_on_its_photos(own, function, monkeypatch):
+    monkeypatch.chdir(own[1].parent)
     arrays, record = own_arrays(own, function)
     assert record["rows"]["margin"]["target_actual"] == 1, "the labels' order is its own"
     assert [Path(file).name for file in arrays["files"]] == ["0.png", "1.png", "2.png"]
@@ -2924,6 +2942,11 @@ def test_the_threshold_says_what_is_present_before_and_after(own, tmp_path):
 def test_only_the_wrong_gradient_needs_a_copy(own, function, words):
     with refused(words, code=2):
         own_arrays(own, function, "--gradient", pgd_attack.INPLACE_ABN)
+
+
+def test_a_network_that_fails_during_the_attack_is_named(own):
+    with refused("mine.py:small", "ZeroDivisionError", "--batch-size"):
+        own_arrays(own, "small", "--split", "train2017")
 
 
 def test_an_unknown_label_names_the_nearest():

@@ -91,7 +91,7 @@ def parse_args(argv=None):
         "runs/transfer",
         ("auto", "mnist", "glyphs"),
         "the digits; auto: those that the generator was trained on",
-        "train on the first N images",
+        "train on the first N images; default: all",
     )
     add = parser.add_argument
     add(
@@ -562,6 +562,8 @@ def write_figures(out, drawn, predictions):
         lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
     for title, (caption, names) in PAGES.items():
         names = [name for name in names if name in lines]
+        if not names:
+            continue
         page = Image.new("RGB", (1060, 62 + 124 * len(names)), "white")
         ink = ImageDraw.Draw(page)
         ink.text((8, 8), caption, "black", font_size=17)
@@ -598,7 +600,8 @@ fewer than half of these learnt from too few digits (--limit), and its answers m
     common.print_table(["classifier", "test accuracy"], accuracies.items())
     print("""
 Each row draws digits of a class y, which the target should take for the next class, y + 1; in
-scratch and scratch-live, an untrained classifier should take them for 7. In % of n digits:
+scratch and scratch-live, an untrained classifier should take them for 7. In % of n digits (95 %
+intervals are in results.json):
   before             the classifier does so for week 1's digits of the same latents: a baseline
   fooled             it does so for these digits
   judge, pgd         judge or pgd_judge answers y; whether a person would was not measured
