@@ -259,7 +259,7 @@ def generator_loss(critic, fake, labels):
 
 
 def load_checkpoint(path, settings=None):
-    """The checkpoint of a training run; raises Failure if any of its settings differs."""
+    """The checkpoint of a training run; raises Failure if it differs from `settings`."""
     return common.load_checkpoint(
         path, "choose another --out, or train anew with --force", "acwgan", settings
     )
@@ -289,12 +289,12 @@ def autocast(device):
 
 
 def random_stream(seed):
-    """A torch.Generator of its own, on the CPU, for draws that nothing else may shift."""
+    """A separate torch.Generator on the CPU, which no other draw can shift."""
     return torch.Generator().manual_seed(seed)
 
 
 def shuffled_batches(n, size, stream, device="cpu"):
-    """The row numbers 0 to n - 1 in a random order of `stream`, as full batches (size,)."""
+    """The row numbers 0 to n - 1, shuffled by `stream`, in full batches (size,)."""
     order = torch.randperm(n, generator=stream).to(device)
     return order.split(size)[: n // size]
 

@@ -68,7 +68,7 @@ AVERAGE = 0.99  # decay per step of the averaged weights; ASL's code has 0.9997
 HEAD_LR_FACTOR = 10  # times --lr, while only the last layer is trained
 EVALUATIONS = 5  # per training run
 SAVE_EVERY = 200  # steps
-# what a training run depends on
+# what a training run and its record depend on
 MUST_MATCH = (
     "dataset",
     "arch",
@@ -167,8 +167,8 @@ class NormAct(nn.BatchNorm2d):
     def __init__(self, channels, slope):
         super().__init__(channels)
         self.slope = slope
-        # InPlace-ABN's state dicts have no number of batches; without the second line,
-        # load_state_dict would miss it
+        # InPlace-ABN's state dicts have no num_batches_tracked, which load_state_dict would
+        # add if this were True; `forward` uses the running statistics all the same
         self.num_batches_tracked = None
         self.track_running_stats = False
 
@@ -579,7 +579,7 @@ def load_data(args, image_size, split, names=None):
 
 
 def read_batches(images, batches):
-    """Yield the images (a tensor or `Photos`) at each list of row numbers in `batches`."""
+    """Yield the images (a tensor or `Photos`) at each tensor of row numbers in `batches`."""
     ahead = []  # threads decode the photos of three more batches
     with ThreadPoolExecutor() as pool:
         for rows in batches:
@@ -709,7 +709,7 @@ def training_parts(args, device, checkpoint, names, total):
         checkpoint["head_steps"] = head_epochs * total // args.epochs
     network.train().to(device, memory_format=torch.channels_last)
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d:  # not NormAct, its subclass
             module.eval()  # the statistics of a ResNet stay those that its weights came with
     average = deepcopy(network).eval().requires_grad_(False)
     adam = Adam(network.parameters(), fused=True)

@@ -124,12 +124,15 @@ def parser(script, description, out, datasets, dataset_help, limit_help):
 
 
 def pick_device(name):
-    """The torch.device for `--device`; "auto" is a GPU if there is one, else the CPU."""
+    """The torch.device for `--device`; "auto" is a GPU if there is one, else the CPU.
+
+    For the whole process, it also sets how memory is reused, and precision.
+    """
     if platform.libc_ver()[0] == "glibc":
-        # reuse the memory of freed tensors, which makes training up to 10 % faster
+        # reusing freed memory makes training up to 10 % faster than returning it to the system
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: keep up to 1 GB
-        mallopt(-4, 0)  # M_MMAP_MAX: also of large tensors
+        mallopt(-4, 0)  # M_MMAP_MAX: a large tensor's would be returned at once
     torch.set_flush_denormal(True)  # weight averages decay into denormals, which are slow
     cudnn.deterministic = True
     cudnn.allow_tf32 = False  # float32 means float32
@@ -182,9 +185,9 @@ def hold(args, *must_match):
         # the operating system releases a database's lock, however this process ends
         lock = sqlite3.connect(folder / ".lock", timeout=0)
         lock.execute("BEGIN EXCLUSIVE")
-    except Exception:  # of sqlite3 or mkdir
+    except (OSError, sqlite3.Error):
         raise Failure(
-            f"--out {folder} is in use by another run, read-only or no folder; choose another"
+            f"--out {folder} is in use by another run, read-only, or not a folder; choose another"
         ) from None
     with closing(lock):
         require_same_record(args, flags_of(args, ("script", *must_match)))
@@ -258,7 +261,7 @@ def require_same(path, old, new):
         if before != value:
             raise Failure(
                 f"{path} was made with {name} {before}, not {value}; "
-                "repeat the former, choose another --out, or add --force",
+                "choose another --out, or add --force",
                 2,
             )
 
@@ -335,7 +338,7 @@ def download(url, folder):
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             blocks = iter(lambda: response.read(2**20), b"")
             size = int(response.headers.get("Content-Length", 0))
-            content = b"".join(progress(blocks, path.name, size / 2**20))
+            content = b"".join(progress(blocks, path.name, size >> 20, delay=5))
         expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
         digest = hashlib.sha256(content).hexdigest()
         if len(content) < size or (expected and not digest.startswith(expected[1])):

@@ -55,7 +55,6 @@ from torchvision.utils import make_grid
 import acwgan
 import asl_model
 import common
-from acwgan import random_stream
 from asl_model import is_present
 from common import Failure, Photos, number, positive_int, wilson
 
@@ -411,7 +410,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
     no_float64 = images.device.type == "mps"  # Apple's GPUs
     if no_float64:
         images = images.cpu()
-    stream = random_stream(0)
+    stream = torch.Generator().manual_seed(0)
     images = images[:1]
     noise = torch.rand(images.shape, generator=stream)
     image = (0.1 + 0.8 * images.cpu() + 0.01 * noise).double().to(images.device)
@@ -738,7 +737,7 @@ def rate_over_photos(hits, totals):
     sums = totals[drawn].sum(1)
     rates = hits[drawn].sum(1).double() / sums
     low, high = np.percentile(rates[sums > 0], (2.5, 97.5)).tolist()
-    # if every resample is 0, or 1, too: Wilson's bound for the photos that have any
+    # at a rate of 0 or 1 the bootstrap's interval has no width: then Wilson's, over photos
     bounds = wilson(hits[totals > 0] > 0)
     if hits.sum() == 0:
         high = bounds["high"]
@@ -807,27 +806,46 @@ def label_index(name, names):
     )
 
 
+class OwnNetwork(nn.Module):
+    """The user's network, which may be scripted; what it raises becomes a `Failure`."""
+
+    def __init__(self, network, spec):
+        super().__init__()
+        self.network = network
+        self.spec = spec
+
+    def forward(self, images):
+        try:
+            return self.network(images)
+        except Exception as problem:  # it may raise anything
+            raise Failure(
+                f"--model {self.spec}: {problem!r} for {len(images)} images at once; "
+                "mend it, or try a smaller --batch-size"
+            ) from None
+
+
 def own_network(spec, device):
     """(Network, class names) from the user's FILE.py:FUNCTION, after a trial run; or Failure."""
     path, _, function = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).parent))  # FILE.py may import what lies beside it
     try:
         network, names, size = runpy.run_path(path)[function]()
-        # in a Sequential, as a scripted network takes no hooks
-        network = nn.Sequential(network).float().to(device).eval()
+        network = OwnNetwork(network.float().to(device).eval(), spec).eval()
         names = [str(name) for name in names]
         images = torch.zeros(3, 3, size, size, device=device)
-        images[1] = torch.rand(3, size, size, generator=random_stream(0))
+        images[1] = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
         images[2] = 1
         for weight in network.parameters():
             weight.requires_grad_(False)
         with torch.enable_grad():
             logits = network(images.requires_grad_().clone())
         shape = tuple(logits.shape)
+    except Failure:
+        raise
     except (Exception, SystemExit) as problem:
         raise Failure(
-            f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return (network, class "
-            "names, image size), and the network must take several images at once"
+            f"--model {spec}: {problem!r}; FUNCTION() of FILE.py must return "
+            "(network, class names, image size)"
         ) from None
     reason = ""
     if shape != (3, len(names)):
@@ -876,7 +894,7 @@ def load_imagenet(data_dir, class_names, limit=None):
     `limit` photos are spread evenly over the sorted files. Raises Failure if there is none.
     """
     folder = Path(data_dir, "imagenet")
-    names = glob.glob("**", root_dir=folder, recursive=True)  # no hidden ones
+    names = glob.glob("**", root_dir=folder, recursive=True)  # it skips hidden files
     paths = sorted(folder / name for name in names if is_image_file(name))
     if not paths:
         raise Failure(f"no photo in {folder}; name them n01440764_tench.JPEG")
@@ -1398,14 +1416,7 @@ def main(argv=None):
             networks[row.name] = network
             if row.gradient == INPLACE_ABN:
                 networks[row.name] = asl_model.inplace_abn_1_0_12(network, row.skipped)
-        try:
-            outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
-        except Exception as problem:
-            if args.kind != "own" or isinstance(problem, Failure):
-                raise
-            raise Failure(
-                f"--model {args.model}: {problem!r}; does a smaller --batch-size help?"
-            ) from None
+        outcomes = run_attacks(args, device, rank, world, subject, networks, rows)
         if rank > 0:
             return None
         return report(args, device, subject, rows, outcomes, record)

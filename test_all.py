@@ -193,7 +193,7 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_pat
         with held(folder), refused(folder, "another run"), held(folder):
             pass
     (tmp_path / "file").touch()
-    with refused("file", "no folder"), held(tmp_path / "file"):
+    with refused("file", "not a folder"), held(tmp_path / "file"):
         pass
 
 

@@ -384,7 +384,7 @@ class FeatureBank:
 def loss_term(term, networks, bank, images, original, labels, wanted):
     """One term of a row's loss, a scalar, for images (N, 1, 28, 28) in [0, 1] of the classes
     `labels` (N,) that should pass for the wanted ones (N,). original: week 1's images of the same
-    latents, which the distances need."""
+    latents, which the euclidean terms need."""
     match term:
         case "critic":
             return -networks.critic(images)[0].mean()
@@ -422,9 +422,7 @@ def train(name, args, networks, real_images, real_labels):
         critic_adam = Adam(critic.parameters(), CRITIC_RATE, (0.0, 0.99))
         networks = networks._replace(critic=critic)
     bank = FeatureBank(networks.auxiliary, real_images)
-    needs_original = (
-        "euclidean" in variant.weights or "noisy euclidean" in variant.weights
-    )
+    needs_original = variant.start == "refiner" or "noisy euclidean" in variant.weights
     original = None
     for step in common.progress(range(steps), name, unit="step"):
         weights = dict(variant.weights)
@@ -562,7 +560,8 @@ def write_figures(out, drawn, predictions):
         lines[f"{name}: change"] = (change + 0.5).clamp(0, 1)
     for title, (caption, names) in PAGES.items():
         names = [name for name in names if name in lines]
-        if not names:
+        if not names:  # such as those of approach 1, with --variant ours
+            (out / f"{title}.png").unlink(missing_ok=True)
             continue
         page = Image.new("RGB", (1060, 62 + 124 * len(names)), "white")
         ink = ImageDraw.Draw(page)
