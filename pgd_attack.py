@@ -1277,8 +1277,8 @@ def report(args, device, subject, rows, outcomes, record):
         common.save_png(args.out / "dose.png", plot_dose(title, skipped, curves))
         record["cosines"] = cosines
     if args.image:
-        picture = to_pil_image(outcomes[rows[-1].name].pixels[0])
-        common.save_png(args.out / f"{args.image.stem}-adversarial.png", picture)
+        path = args.out / f"{args.image.stem}-adversarial.png"
+        common.save_png(path, to_pil_image(outcomes[rows[-1].name].pixels[0]))
         labels, reached = photo_labels(subject.network, outcomes, task, device)
         record["labels_of_8_bit_image"] = labels
         record["8_bit_image_reaches_goal"] = reached
@@ -1293,6 +1293,7 @@ def report(args, device, subject, rows, outcomes, record):
             print(f"{name}: {', '.join(texts) or 'no label'}")
         if not reached:
             print("the 8-bit image misses the goal; a larger --eps may help")
+        print(f"the adversarial photo is {path}")
     else:
         print_report(rows, record["rows"], task)
     print(f"{args.out} holds results.json, adversarial.npz and the figures (PNG)")
