@@ -1714,6 +1714,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(
     assert classifier(data, tmp_path, flags)["val2017"] == trained["val2017"]
     whole = torch.load(trained["settings"]["out"] / "checkpoint.pt")
     resumed = torch.load(tmp_path / "checkpoint.pt")
+    assert whole["network"]["body.conv1.1.running_mean"].any(), "norms learn statistics"
     for part in ("network", "average", "model"):
         for name, x in whole[part].items():
             assert torch.equal(resumed[part][name], x), name
