@@ -70,7 +70,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     rate = number(float, 1e-9)
     decay = number(float, 0, 0.999999)
-    add("--resume", action="store_true", help="continue the training in --out")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--resume", action="store_true", help="continue the training in --out"
+    )
     add("--epochs", type=positive_int, default=3, help="passes over the images (log: 13)")
     add("--batch-size", type=number(int, 2), default=32, help="images per step (log: 64)")
     add(
@@ -96,7 +99,7 @@ def parse_args(argv=None):
     )
     add("--samples", type=number(int, 10), default=10_000, help="images to measure")
     add("--inception", action="store_true", help="measure the FID; downloads 91 MB once")
-    add(
+    mode.add_argument(
         "--sample",
         type=positive_int,
         metavar="N",

@@ -261,7 +261,7 @@ def require_same(path, old, new):
         if before != value:
             raise Failure(
                 f"{path} was made with {name} {before}, not {value}; "
-                "choose another --out, or add --force",
+                "keep that value, choose another --out, or start anew with --force",
                 2,
             )
 

@@ -793,6 +793,8 @@ def test_sample_draws_without_data_and_touches_no_other_file(gan_copy, monkeypat
     assert np.load(gan_copy / "drawn.npz")["labels"].tolist() == [0] * 20
     with refused(gan_copy / "checkpoint.pt", "epochs 2, not 99", code=2):
         week_1(gan_copy, "--sample 20 --epochs 99")
+    with pytest.raises(SystemExit, match="2"):
+        week_1(gan_copy, "--sample 20 --resume")
 
 
 def test_evaluation_classifier_learns_no_held_out_digit(tmp_path, monkeypatch):
@@ -2175,8 +2177,10 @@ def test_gradient_error_is_near_0_for_right_networks():
 
 
 def test_gradient_error_is_near_1_for_wrong_networks_and_nan_for_random_ones():
-    """NaN also where rounding drowns the slopes, as in a float32 output."""
+    """NaN also where rounding drowns the slopes, as in a float32 output, or there is no copy."""
     tresnet = random_tresnet("tresnet_s")
+    locked = nn.Flatten()
+    locked.lock = threading.Lock()
 
     def detached(x):
         return x * x.detach()
@@ -2197,7 +2201,7 @@ def test_gradient_error_is_near_1_for_wrong_networks_and_nan_for_random_ones():
         return torch.where(x > 2, (0 * x).sqrt(), x)
 
     assert pgd_attack.gradient_error(square_root, photo_like(1, 8)) == np.inf
-    for model in (F.dropout, flat, torch.Tensor.float):
+    for model in (F.dropout, flat, torch.Tensor.float, locked):
         assert np.isnan(pgd_attack.gradient_error(model, photo_like(1, 8)))
 
 
@@ -2796,6 +2800,7 @@ frozen = lambda: (Locked(after=torch.no_grad()(lambda x: x * 2)), NAMES, 16)
 detached = lambda: (Locked(before=torch.detach), NAMES, 16)
 probabilities = lambda: (Locked(after=torch.sigmoid), NAMES, 16)
 endless = lambda: (Locked(after=lambda x: x / 0), NAMES, 16)
+opaque = lambda: (Locked(after=lambda x: torch.special.zeta(x + 9, x)), NAMES, 16)
 broken = lambda: 1 / 0
 leaves = lambda: exit(3)
 pair = lambda: load()[:2]
@@ -2873,6 +2878,7 @@ def test_an_attack_holds_few_photos_in_memory_at_once(own, tmp_path, monkeypatch
         ("endless", "not finite", 1),
         ("frozen", "no gradient", 1),
         ("detached", "no gradient", 1),
+        ("opaque", "not implemented", 1),
         ("probabilities", "logits, not probabilities", 1),
         ("too_few", "(3, 80), for 79 class names", 1),
         ("pair", "must return (network, class names, image size)", 1),
