@@ -187,7 +187,7 @@ def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal)
     assert text.count("\n") == (0 if terminal else len(shown))
 
 
-def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_second_run_in_a_folder_in_use_is_refused(tmp_path):
     folder = tmp_path / "new" / "run"
     for _ in range(2):
         with held(folder), refused(folder, "another run"), held(folder):
@@ -256,7 +256,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         common.load_checkpoint(path, "train it again")
 
 
-def test_a_table_is_aligned_and_shows_rates_with_wilsons_interval(capsys):
+def test_a_table_is_aligned_and_shows_rates_with_intervals(capsys):
+    """Wilson's."""
     rows = [["pgd", wilson(5, 10)], ["none", wilson(0, 0)]]
     common.print_table(["l2", wilson(np.int64(0), torch.tensor(10))], rows)
     lines = capsys.readouterr().out.splitlines()
@@ -604,7 +605,7 @@ def test_penalty_gradient_agrees_with_finite_differences():
 
 
 @torch.no_grad()
-def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
+def test_week_1s_numbers_are_recomputed_from_its_files(gan):
     """The classifier learnt from 134 of 160 images. Rounding may move a pixel by a grey level."""
     record = json.loads((gan / "results.json").read_text())
     assert (record["dataset"], record["dataset_size"]) == ("glyphs", 160)
@@ -643,7 +644,7 @@ def test_week_1s_samples_and_numbers_are_recomputed_from_its_files(gan):
     assert np.array_equal(page[518:602:3, 88:172:3], (test_images[1, 0] * 255).round())
 
 
-def test_a_training_sees_all_images_in_each_epoch_and_averages_every_step(tmp_path):
+def test_each_epoch_sees_all_images_and_each_step_is_averaged(tmp_path):
     """Two critic steps see the same images. The average's decay rises to 0.6."""
     weights = []
     critic_step = Mock(wraps=acwgan.critic_step)
@@ -935,7 +936,7 @@ def test_every_column_measures_what_its_name_says():
     assert row["critic"] == 2.5, "of the digits themselves"
 
 
-def test_the_report_fits_a_terminal_and_names_stay_clear_of_digits(transferred, capsys):
+def test_the_report_fits_a_terminal_and_names_fit_the_figure(transferred, capsys):
     transfer.print_report("glyphs", {}, transferred["rows"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
@@ -1042,7 +1043,8 @@ def test_week_1_is_known_by_its_weights_and_must_fit(tmp_path):
         transfer.load_week_1(path, "auto")
 
 
-def test_a_feature_bank_keeps_seven_batches_and_moves_as_if_all_had_a_gradient():
+def test_a_feature_banks_gradient_is_as_if_all_batches_had_one():
+    """It keeps seven of them."""
     stream = random_stream()
     real = torch.rand(30, 1, 2, 3, generator=stream)
     variance = real.flatten(1).var(0).sum()
@@ -1828,7 +1830,7 @@ def test_resnets_see_photos_as_they_are_or_mirrored():
     assert 0 < sum(mirrored) < 32
 
 
-def test_a_photo_is_mirrored_in_half_of_the_epochs_whatever_it_was_before():
+def test_a_photo_is_mirrored_in_a_random_half_of_the_epochs():
     """The lowest bit of the seeds was once used: the same in most epochs, or the opposite."""
     args = argparse.Namespace(dataset="coco", batch_size=500, epochs=4, seed=SEED)
     args.arch = "resnet18"
@@ -1934,7 +1936,7 @@ def test_photos_are_learnt_by_heart_and_their_labels_told(data, tmp_path, monkey
     assert (tmp_path / "results.json").read_text() == before
 
 
-def test_a_finished_network_is_not_overwritten_without_its_checkpoint(data, tmp_path):
+def test_a_finished_network_without_checkpoint_is_not_replaced(data, tmp_path):
     path = tmp_path / "tresnet_s-coco.pth"
     path.touch()
     with refused(path, "--out", "--force", code=2):
@@ -2138,7 +2140,7 @@ def test_pgd_leaves_the_model_as_it_was():
     assert torch.equal(attack_photos(network.eval()), moved), "dropout was on"
 
 
-def test_pgd_attacks_within_other_modes_and_models_that_work_in_place():
+def test_pgd_works_in_other_modes_and_on_in_place_models():
     network = small_network().eval()
     truth = attack_photos(network)
     for mode in (torch.no_grad, torch.inference_mode):
@@ -2176,8 +2178,8 @@ def test_gradient_error_is_near_0_for_right_networks():
         assert pgd_attack.gradient_error(network, photo_like(1, 32)) < 0.01
 
 
-def test_gradient_error_is_near_1_for_wrong_networks_and_nan_for_random_ones():
-    """NaN also where rounding drowns the slopes, as in a float32 output, or there is no copy."""
+def test_gradient_error_tells_wrong_and_random_networks():
+    """Near 1 and NaN; NaN also where rounding drowns the slopes, or the network has no copy."""
     tresnet = random_tresnet("tresnet_s")
     locked = nn.Flatten()
     locked.lock = threading.Lock()
@@ -2215,7 +2217,7 @@ def test_gradient_error_leaves_a_half_network_as_it_was():
         assert torch.equal(x, state[name])
 
 
-def test_gradient_error_leaves_nothing_behind_in_a_network_that_caches():
+def test_gradient_error_leaves_a_network_that_caches_as_it_was():
     class Positions(nn.Module):
         codes = None
 
@@ -2370,7 +2372,8 @@ def test_labels_are_wanted_and_counted_as_numpy_does(direction):
         assert numbers[f"labels_{when}"] == labels.sum()
 
 
-def test_no_image_to_change_is_no_rate_and_a_logit_on_the_threshold_is_absent():
+def test_no_image_to_change_is_no_rate():
+    """And a logit on the threshold is absent."""
     logits = torch.tensor([[0.0, 1, -1, 0, 0, 0]])
     after = torch.tensor([[0.0, 1, 1, 0, 0, 0]])
     numbers = pgd_attack.count_labels(logits, after, None, labels_task(2, "on"))
@@ -2675,7 +2678,8 @@ def test_networks_that_work_in_place_are_imitated_and_compared():
     assert imitation(images.requires_grad_()).requires_grad
 
 
-def test_the_doses_figure_has_no_ratio_to_nothing_and_room_for_negative_cosines():
+def test_the_doses_figure_shows_zero_and_negative_values():
+    """No ratio to nothing, and room for negative cosines."""
     numbers = {}
     for name, after in {"first-0": 6, "all": 3, "noise": 2}.items():
         counts = {"labels_before": 4, "target_before": 2}
@@ -3193,9 +3197,7 @@ def test_misuse_is_named_and_help_is_complete(script, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("script", MISUSE)
-def test_a_script_ends_in_commons_handler_and_takes_the_readmes_commands(
-    script, monkeypatch
-):
+def test_a_script_takes_the_readmes_commands_and_handles_errors(script, monkeypatch):
     """But no command that reads a file, which is not there."""
     monkeypatch.setattr(common, "run", Mock())
     run = runpy.run_path(script.__file__, run_name="__main__")
