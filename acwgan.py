@@ -126,8 +126,9 @@ def leaky_relu(x):
 class Generator(nn.Module):
     """Draws digits: latent (N, latent), labels (N,) int64 -> images (N, 1, S, S) in [0, 1].
 
-    As in the log, the one-hot label overwrites the first ten latent numbers. The network is DCGAN's
-    (Radford et al. 2015), but for the pixel shuffle at its end, which is faster on a CPU.
+    As in the log, the one-hot label overwrites the first ten latent numbers. The network resembles
+    DCGAN's (Radford et al. 2015), but its first convolution is plain, and it ends in a sigmoid and
+    a pixel shuffle, which is faster on a CPU than a transposed convolution.
     """
 
     def __init__(self, latent, width, image_size):

@@ -6,7 +6,8 @@ gives attackers a wrong gradient: see `InplaceABN1012`.
 
     python asl_model.py --image photo.jpg           print the labels of a photo
     python asl_model.py --evaluate --dataset coco   measure mAP, precision (OP) and recall (OR)
-    python asl_model.py --train --arch resnet18     train on COCO; 35 minutes for 40,000 photos
+    python asl_model.py --train --arch resnet18 --limit 40000
+                                                    train on COCO; downloads 7 GB of photos
     python asl_model.py --train --dataset scenes    train on scenes of digits; minutes
     python asl_model.py --resume                    continue an interrupted training run
 
@@ -117,7 +118,12 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
     )
     add("--split", choices=("val2017", "train2017"), help="of coco; default: val2017")
     add("--epochs", type=positive_int, help="passes of --train over the images")
-    add("--batch-size", type=number(int, 2), default=32, help="images at once")
+    add(
+        "--batch-size",
+        type=number(int, 2),
+        default=32,
+        help="images at once; --train: below",
+    )
     add("--lr", type=number(float, 1e-12), help="Adam's peak learning rate")
     args = p.parse_args(argv)
     for path in (args.image, args.weights):  # before anything is downloaded
@@ -126,7 +132,7 @@ a new last layer is first trained alone for one epoch, at 10 times the learning 
     if args.resume:
         path = args.out / "checkpoint.pt"
         if args.force or not path.is_file():
-            p.error(f"--resume continues {path}, which must exist; --force starts anew")
+            p.error(f"--resume needs {path}, and no --force")
         checkpoint = common.load_checkpoint(path, "delete it to train anew", "asl_model")
         p.set_defaults(train=True, **checkpoint["settings"])
     elif args.train:
@@ -403,7 +409,7 @@ def default_weights(dataset, data_dir, device):
         return common.download(ZOO + "MS_COCO_TRresNet_M_224_81.8.pth", data_dir)
     except Failure as problem:
         raise Failure(
-            "there is no COCO classifier here; train one (35 minutes on two CPU cores): python "
+            "there is no COCO classifier here; train one (7 GB, 35 minutes on two cores): python "
             f"asl_model.py --train --dataset coco --arch resnet18 --limit 40000 ({problem})"
         ) from None
 
@@ -571,8 +577,8 @@ def load_data(args, image_size, split, names=None):
     unknown = set(names) ^ set(known)
     if unknown:
         raise Failure(
-            f"the labels of {args.dataset} {split} do not fit the network, or the other split; "
-            f"they differ in {min(unknown)!r}",
+            f"{args.dataset} {split} has other labels than the network, or than the other split, "
+            f"such as {min(unknown)!r}; change --data, --split or the network",
             2,
         )
     return images, labels[:, [known.index(name) for name in names]], names, description

@@ -142,7 +142,9 @@ def pick_device(name):
         return torch.device(name)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: one GPU per process
     if rank >= torch.get_device_module(name).device_count():
-        raise Failure(f"process {rank} finds no --device {name}; use --device cpu", 2)
+        raise Failure(
+            f"there is no --device {name} for process {rank}; use --device cpu", 2
+        )
     if name == "cuda":
         torch.cuda.set_device(rank)
     return torch.device(name, rank)
@@ -261,7 +263,7 @@ def require_same(path, old, new):
         if before != value:
             raise Failure(
                 f"{path} was made with {name} {before}, not {value}; "
-                "keep that value, choose another --out, or start anew with --force",
+                "choose another --out, or start anew with --force",
                 2,
             )
 
@@ -460,7 +462,7 @@ def load_mnist(data_dir, train=True):
     except Exception as problem:  # torchvision raises many kinds
         raise Failure(
             f"{data_dir}/MNIST/raw could not be downloaded, or is damaged ({problem}); "
-            "delete what is there, or use --dataset glyphs"
+            "delete it, put MNIST's four .gz files there, or use --dataset glyphs"
         ) from None
     return images / 255, digits.targets
 

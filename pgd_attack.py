@@ -8,7 +8,7 @@ attacks with the wrong and the right gradient, alongside uniform noise and `marg
 that switches one label and keeps the others.
 
     python pgd_attack.py                             margin on scenes of digits; needs only MNIST
-    python pgd_attack.py --dataset coco --model asl --target person
+    python pgd_attack.py --dataset coco --model asl --target person --limit 32
     python pgd_attack.py --week 5                    or 3; on scenes, or with --dataset coco
     python pgd_attack.py --week 4                    on digits; on photos with --model resnet18
     python pgd_attack.py --sweep                     success over eps, with two controls
@@ -95,9 +95,10 @@ def argument_parser():
         __doc__,
         None,
         ("scenes", "coco", "imagenet", "mnist", "glyphs", "auto"),
-        "default: scenes; with --image, --weights or an own network coco; with --week 4 auto; "
-        "with a torchvision classifier imagenet",
-        "attack the first N images, or N spread over ImageNet's (scenes 500, digits 1000)",
+        "default: scenes; coco with --image, --weights or your own network; auto with --week 4; "
+        "imagenet with a torchvision classifier",
+        "attack the first N images, or N spread evenly over ImageNet's; "
+        "default: scenes 500, digits 1000, photos all",
     )
     p.set_defaults(dataset=None)
     add = p.add_argument
@@ -141,7 +142,11 @@ def argument_parser():
         default="val2017",
         help="part of COCO",
     )
-    add("--augment", action="store_true", help="augment COCO's photos as in training")
+    add(
+        "--augment",
+        action="store_true",
+        help="apply the log's Cutout and RandAugment to COCO's photos",
+    )
     add(
         "--target",
         metavar="NAME",
@@ -205,7 +210,10 @@ def parse_args(argv=None):
     multi_label = kind in ("asl", "own")
     # week 4 attacks single-label classifiers, weeks 3 and 5 multi-label ones
     if week and multi_label == (week == 4):
-        p.error(f"--week {week} does not go with --model {model}; see --help")
+        p.error(
+            f"--week {week} --model {model}: week 4 attacks digits or a torchvision classifier, "
+            "weeks 3 and 5 attack asl or FILE.py:FUNCTION"
+        )
     datasets = DATASETS[kind]
     dataset = args.dataset or datasets[0]
     if kind == "asl" and (args.image or args.weights):
@@ -229,7 +237,7 @@ def parse_args(argv=None):
         ignored += ["augment", "split"]
     for flag in ignored:
         if getattr(args, flag) != p.get_default(flag):
-            p.error(f"--{flag} has no effect with this --model, --dataset or kind of run")
+            p.error(f"drop --{flag}, which has no effect beside the other flags")
     if args.image and kind == "digits":
         p.error("--image needs a classifier of photos, such as --model resnet18")
     if args.image and not args.image.exists():
@@ -309,8 +317,8 @@ def pgd(
     loss: returns a scalar or one value per image, and is minimised. No image's part of a scalar
     may depend on another image.
     eps, alpha: the largest change of a pixel and the step size, in the unit of the images.
-    early_stop: an image stays as it is once its goal is reached. True: see `goal_reached`; or a
-    callable (logits, targets) -> bool (N,).
+    early_stop: an image stays as it is once its goal is reached. True, in targeted attacks only:
+    see `goal_reached`; or a callable (logits, targets) -> bool (N,).
     random_start: start from a uniformly random point within eps, by torch's global generator.
     start: images to start from, such as those of an earlier attack; None: `images`.
     momentum: decay of the accumulated direction, to which gradients of equal L1 norm are added
@@ -452,13 +460,13 @@ SLACK = 0.05  # a label within this of the threshold is not done: rounding might
 
 
 def softmax_ce(logits, wanted, target, threshold):
-    """Logged on 9 June (week 3): the target's cross-entropy. It falls when other logits fall."""
+    """Committed on 9 June (week 3): the target's cross-entropy. It falls when other logits fall."""
     sign = 2 * wanted[:, target] - 1
     return -sign * logits.log_softmax(1)[:, target]
 
 
 def bce(logits, wanted, target, threshold):
-    """Logged on 11 June, 17 minutes before week 3's entry: binary cross-entropy of sigmoids."""
+    """Committed on 11 June, 17 minutes before week 3's entry: sigmoids' binary cross-entropy."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
@@ -518,10 +526,10 @@ class Row(NamedTuple):
 # a control: the first row's change, rotated by 180 degrees, is as large, but aimed at nothing
 ROTATED = "rotated"
 WEEK_3 = (
-    # logged on 11 June, 17 minutes before the entry was written
+    # committed on 11 June, 17 minutes before the entry was written
     Row("bce-inplace-abn", "bce", 0.6, INPLACE_ABN),
     Row("bce", "bce", 0.6),
-    # logged on 9 June
+    # committed on 9 June
     Row("softmax-ce-inplace-abn", "softmax-ce", 0.6, INPLACE_ABN),
     Row("softmax-ce", "softmax-ce", 0.6),
     Row("noise", None, 80 / 255, steps=0),  # as far as 40 steps of 2/255 can go
@@ -810,7 +818,7 @@ class OwnNetwork(nn.Module):
         except Exception as problem:  # it may raise anything
             raise Failure(
                 f"--model {self.spec}: {problem!r} for {len(images)} images at once; "
-                "mend it, or try a smaller --batch-size"
+                "fix it, or try a smaller --batch-size"
             ) from None
 
 
@@ -1135,6 +1143,8 @@ def check_gradients(network, rows, images):
             )
         elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
+            if model is not network:
+                verdict += ", as intended"
         print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
         numbers[name] = error if math.isfinite(error) else None  # JSON has no NaN
     return numbers
