@@ -8,6 +8,7 @@ import contextlib
 import copy
 import csv
 import functools
+import importlib.metadata
 import io
 import json
 import os
@@ -40,6 +41,12 @@ import common
 import pgd_attack
 import transfer
 
+# what a cluster, a hook or a shell sets for its own runs must not change the tests
+for name in [*os.environ]:
+    if re.match("(LOCAL_)?RANK|WORLD_|GIT_|MKL_|(DNNL|ONEDNN)_DEF|PYTHONSAFE", name):
+        del os.environ[name]
+os.environ["PYTHON_COLORS"] = "0"  # or argparse colours its help
+
 HERE = Path(common.__file__).parent
 SEED = int(os.environ.get("TEST_SEED", 0))
 CPU = torch.device("cpu")
@@ -59,7 +66,7 @@ def refused(*words, code=1):
     text = str(caught.value)
     assert caught.value.code == code, text
     for word in words:
-        assert str(word) in text, text
+        assert " ".join(str(word).split()) in text, text
 
 
 def held(folder):
@@ -179,7 +186,7 @@ def test_each_process_has_a_gpu_of_its_own_or_is_refused(monkeypatch):
 def test_progress_is_a_bar_or_a_line_now_and_then(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", Mock(return_value=terminal))
     monkeypatch.setattr("tqdm.std.time", Mock(side_effect=range(10**6)))  # 1 s a look
-    bar = common.progress(range(100), "training", miniters=1)
+    bar = common.progress(range(100), "training", miniters=1, disable=False)
     list(bar)
     text = capsys.readouterr().err
     shown = re.findall(r"\rtraining:? +\d+%[^\r]* \d+/100", text)
@@ -269,7 +276,6 @@ def test_a_table_is_aligned_and_shows_rates_with_intervals(capsys):
 def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch):
     command = ["asl_model.py", "--train", "--out", "runs/it's"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delenv("GIT_DIR", raising=False)  # set where a hook runs the tests
     folder = tmp_path / "it's"  # no shell may stumble over the name
     monkeypatch.setattr(common, "__file__", str(folder / "common.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
@@ -280,11 +286,12 @@ def test_a_record_has_a_command_to_paste_and_the_revision(tmp_path, monkeypatch)
     assert record["settings"]["seed"] == 1
     assert (record["device"], record["bfloat16"]) == ("cpu", common.has_bf16(CPU))
     assert (record["dataset"], record["rate"], record["git"]) == ("glyphs", 0.5, "")
-    if shutil.which("git"):
+    if subprocess.getstatusoutput("git --version")[0] == 0:
         subprocess.run(["git", "init", "-q", folder], check=True)
         git = f"git -C {shlex.quote(str(folder))} -c user.name=x -c user.email=x"
         subprocess.getoutput(f"{git} commit --no-gpg-sign --allow-empty -m x")
         revision = common.write_results(args, CPU, {})["git"]
+        assert len(revision) >= 4
         assert subprocess.getoutput(f"{git} rev-parse HEAD").startswith(revision)
 
 
@@ -465,7 +472,7 @@ def test_classes_of_coco_may_be_named_by_numbers(data, tmp_path):
         category["name"] = i
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "coco" / "val2017").symlink_to(data / "coco" / "val2017")
+    shutil.copytree(data / "coco" / "val2017", tmp_path / "coco" / "val2017")
     args = coco_flags(tmp_path)
     names = asl_model.load_data(args, 32, "val2017")[2]
     assert sorted(names, key=int) == [str(i) for i in range(80)]
@@ -2743,24 +2750,23 @@ def test_two_of_torchruns_processes_give_the_table_of_one(
     attackable, tmp_path, monkeypatch
 ):
     """Of three batches. Each has one thread."""
-    flags = "--batch-size 2 --steps 2"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    record = attack(attackable, tmp_path / "one", flags)
-    torch.set_num_threads(threads)
-    command = (
-        f"-m torch.distributed.run --standalone --nproc-per-node 2 pgd_attack.py {flags}"
-    )
-    command = [sys.executable, *command.split(), *attackable.flags]
-    command += ["--out", str(tmp_path / "two")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    output = {"capture_output": True, "text": True}
-    process = subprocess.run(command, cwd=HERE, timeout=300, **output)
-    assert process.returncode == 0, process.stderr
-    again = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert again["processes"] == 2
-    assert again["command"].startswith("torchrun --nproc-per-node 2 ")
-    assert again["rows"] == json.loads(json.dumps(record["rows"]))
+    # a machine's own name may be unreachable
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    records = []
+    for start in ("", torchrun):
+        out = tmp_path / f"run {len(records)}"
+        script = f"{start} pgd_attack.py --batch-size 2 --steps 2"
+        command = [sys.executable, *script.split(), *attackable.flags, "--out", out]
+        process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        records.append(json.loads((out / "results.json").read_text()))
+    one, two = records
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["command"].startswith("torchrun --nproc-per-node 2 ")
+    assert two["rows"] == one["rows"]
     for line in ("labels_actual", "attacked network", "gradient_error"):
         assert process.stdout.count(line) == 1
     assert re.search(r"^labels_actual +\d+$", process.stdout, re.M)
@@ -2848,7 +2854,7 @@ for n in (40, 200):
 
 
 def test_an_attack_holds_few_photos_in_memory_at_once(own, tmp_path, monkeypatch):
-    """160 more photos of 3 MB each: held all at once, they would add half of what a run takes."""
+    """160 more photos of 3 MB each may add half of what they would, held all at once."""
     pytest.importorskip("resource")
     flags, path = own
     coco = tmp_path / "many" / "coco"
@@ -2870,7 +2876,8 @@ def test_an_attack_holds_few_photos_in_memory_at_once(own, tmp_path, monkeypatch
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     output = subprocess.check_output(command, cwd=HERE, text=True)
     few, many = [int(line) for line in output.split("\n") if line.isdigit()]
-    assert many < 1.25 * few
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert (many - few) * unit < 160 * 3e6 / 2
 
 
 @pytest.mark.parametrize(
@@ -3214,8 +3221,17 @@ def test_a_script_takes_the_readmes_commands_and_handles_errors(script, monkeypa
 # --- peers: `pip install --no-deps timm==1.0.31 torchattacks==3.5.1 pytorch-fid==0.3.0`
 
 
+def require(package, version):
+    """Skip a test unless this version of a package is installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version(package) == version:
+            return
+    pytest.skip(f"needs {package}=={version}")
+
+
 def test_peer_pytorch_fid_gives_the_same_features_and_distance(inception, monkeypatch):
     """From random weights in the published format, which its own network reads, too."""
+    require("pytorch-fid", "0.3.0")
     peer = pytest.importorskip("pytorch_fid.inception")
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     path, _ = inception
@@ -3234,6 +3250,7 @@ def test_peer_pytorch_fid_gives_the_same_features_and_distance(inception, monkey
 
 def test_peer_torchattacks_pgd_gives_the_same_images():
     """In float64: in float32, rounding may turn the sign of a gradient near 0."""
+    require("torchattacks", "3.5.1")
     torchattacks = pytest.importorskip("torchattacks")
     torch.manual_seed(SEED)
     first = nn.Conv2d(3, 8, 3, 2)
@@ -3251,6 +3268,7 @@ def test_peer_torchattacks_pgd_gives_the_same_images():
 
 
 def test_peer_timm_gives_the_same_logits(tmp_path):
+    require("timm", "1.0.31")
     timm = pytest.importorskip("timm")
     torch.manual_seed(SEED)
     network = asl_model.tresnet("tresnet_l", 10)
