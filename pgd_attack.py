@@ -426,7 +426,7 @@ def gradient_error(model, images, directions=4, step=1e-9):
     error = 0
     if isinstance(model, nn.Module):
         try:
-            model = deepcopy(model).to(image)
+            model = deepcopy(model).to(image.device).double()
         except Exception:  # whatever its parts raise
             return math.nan
     with evaluation_mode(model):
@@ -1137,15 +1137,12 @@ def check_gradients(network, rows, images):
             error = math.nan
         verdict = "the gradient is right"
         if math.isnan(error):
-            verdict = (
-                "WARNING: not checked: the network cannot be copied, "
-                "or its output is random, flat, or not float64"
-            )
+            verdict = "WARNING: not checked: random, flat, or it has no copy"
         elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
             if model is not network:
                 verdict += ", as intended"
-        print(f"{name}, autograd against central differences: {error:.2g}; {verdict}")
+        print(f"{name} by central differences: {error:.2g}; {verdict}")
         numbers[name] = error if math.isfinite(error) else None  # JSON has no NaN
     return numbers
 
