@@ -33,7 +33,7 @@ import re
 import runpy
 import shlex
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
@@ -411,12 +411,12 @@ def gradient_error(model, images, directions=4, step=1e-9):
     Compares autograd with central differences of `step` at the first of `images` (N, C, H, W) in
     [0, 1], in float64, along a few random directions: the largest |difference| of the directional
     derivatives of a random sum of the logits, over the largest derivative. The image is shrunk
-    towards grey and dithered, so that no ReLU or max pooling is at a kink. A copy of the model is
-    used, in eval mode. Returns a float: NaN if it cannot tell, as the model can't be copied, or its
-    output is random, not float64, or so flat that rounding drowns its slopes; infinity if the
-    gradient is not finite.
+    towards grey and dithered, so that no ReLU or max pooling is at a kink. The model runs in eval
+    mode and is restored. Returns a float: NaN if it cannot tell, as the output is random, not
+    float64, or so flat that rounding drowns its slopes; infinity if the gradient is not finite.
     """
-    if images.device.type == "mps":  # Apple's GPUs have no float64
+    no_float64 = images.device.type == "mps"  # Apple's GPUs
+    if no_float64:
         images = images.cpu()
     stream = torch.Generator().manual_seed(0)
     images = images[:1]
@@ -424,31 +424,41 @@ def gradient_error(model, images, directions=4, step=1e-9):
     image = (0.1 + 0.8 * images.cpu() + 0.01 * noise).double().to(images.device)
     largest = 0
     error = 0
-    if isinstance(model, nn.Module):
-        try:
-            model = deepcopy(model).to(image.device).double()
-        except Exception:  # whatever its parts raise
-            return math.nan
-    with evaluation_mode(model):
-        x = image.clone().requires_grad_()
-        logits = model(x.clone())
-        weights = torch.randn(logits.shape, generator=stream).to(logits)
-        (gradient,) = grad((weights * logits).sum(), x)
-        if not gradient.isfinite().all():
-            return math.inf
-        is_random = not torch.equal(logits, model(image.clone()))
-        if is_random or logits.dtype != torch.float64:
-            return math.nan
-        for _ in range(directions):
-            v = torch.randn(image.shape, generator=stream).to(image)
-            difference = weights * (model(image + step * v) - model(image - step * v))
-            slope = difference.sum().item() / (2 * step)
-            derivative = (gradient * v).sum().item()
-            error = max(error, abs(derivative - slope))
-            largest = max(largest, abs(derivative), abs(slope))
-        # float64 rounds logits by 1e-16 of their size, hence a slope by 1e-7 of it
-        if largest <= 1e-6 * (weights * logits).abs().sum():
-            return math.nan
+    originals = {}
+    try:
+        if isinstance(model, nn.Module):
+            # the original might keep a float64 tensor that its first forward pass computes
+            with suppress(Exception):  # not every network can be copied
+                model = deepcopy(model)
+            if no_float64:
+                model = model.cpu()
+            for x in [*model.parameters(), *model.buffers()]:
+                if x.is_floating_point():
+                    originals[x] = x.data
+                    x.data = x.data.double()
+        with evaluation_mode(model):
+            x = image.clone().requires_grad_()
+            logits = model(x.clone())
+            weights = torch.randn(logits.shape, generator=stream).to(logits)
+            (gradient,) = grad((weights * logits).sum(), x)
+            if not gradient.isfinite().all():
+                return math.inf
+            is_random = not torch.equal(logits, model(image.clone()))
+            if is_random or logits.dtype != torch.float64:
+                return math.nan
+            for _ in range(directions):
+                v = torch.randn(image.shape, generator=stream).to(image)
+                difference = weights * (model(image + step * v) - model(image - step * v))
+                slope = difference.sum().item() / (2 * step)
+                derivative = (gradient * v).sum().item()
+                error = max(error, abs(derivative - slope))
+                largest = max(largest, abs(derivative), abs(slope))
+            # float64 rounds logits by 1e-16 of their size, hence a slope by 1e-7 of it
+            if largest <= 1e-6 * (weights * logits).abs().sum():
+                return math.nan
+    finally:
+        for x, original in originals.items():
+            x.data = original
     return error / largest
 
 
@@ -1137,7 +1147,7 @@ def check_gradients(network, rows, images):
             error = math.nan
         verdict = "the gradient is right"
         if math.isnan(error):
-            verdict = "WARNING: not checked: random, flat, or it has no copy"
+            verdict = "WARNING: not checked: random, flat, or not float64"
         elif error > 0.01:
             verdict = "WARNING: the gradient is WRONG"
             if model is not network:
