@@ -2213,7 +2213,7 @@ def test_gradient_error_tells_wrong_and_random_networks():
 
 
 def test_gradient_error_leaves_a_half_network_as_it_was():
-    """Also one that cannot be copied."""
+    """One that cannot be copied, so that its own weights are converted, and restored."""
     network = small_network().half()
     network.lock = threading.Lock()
     state = copy.deepcopy(network.state_dict())
@@ -2854,7 +2854,7 @@ for n in (40, 200):
 
 
 def test_an_attack_holds_few_photos_in_memory_at_once(own, tmp_path, monkeypatch):
-    """160 more photos of 3 MB each may add half of what they would, held all at once."""
+    """160 more photos of 3 MB each may add at most half of their size."""
     pytest.importorskip("resource")
     flags, path = own
     coco = tmp_path / "many" / "coco"
@@ -3221,18 +3221,17 @@ def test_a_script_takes_the_readmes_commands_and_handles_errors(script, monkeypa
 # --- peers: `pip install --no-deps timm==1.0.31 torchattacks==3.5.1 pytorch-fid==0.3.0`
 
 
-def require(package, version):
-    """Skip a test unless this version of a package is installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        if importlib.metadata.version(package) == version:
-            return
-    pytest.skip(f"needs {package}=={version}")
+def import_peer(module, package, version):
+    """Another project's module; the test is skipped without it, or with another version."""
+    peer = pytest.importorskip(module)
+    if importlib.metadata.version(package) != version:
+        pytest.skip(f"needs {package}=={version}")
+    return peer
 
 
 def test_peer_pytorch_fid_gives_the_same_features_and_distance(inception, monkeypatch):
     """From random weights in the published format, which its own network reads, too."""
-    require("pytorch-fid", "0.3.0")
-    peer = pytest.importorskip("pytorch_fid.inception")
+    peer = import_peer("pytorch_fid.inception", "pytorch-fid", "0.3.0")
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     path, _ = inception
     weights = Mock(return_value=torch.load(path))
@@ -3250,8 +3249,7 @@ def test_peer_pytorch_fid_gives_the_same_features_and_distance(inception, monkey
 
 def test_peer_torchattacks_pgd_gives_the_same_images():
     """In float64: in float32, rounding may turn the sign of a gradient near 0."""
-    require("torchattacks", "3.5.1")
-    torchattacks = pytest.importorskip("torchattacks")
+    torchattacks = import_peer("torchattacks", "torchattacks", "3.5.1")
     torch.manual_seed(SEED)
     first = nn.Conv2d(3, 8, 3, 2)
     second = nn.Conv2d(8, 8, 3, 2)
@@ -3268,8 +3266,7 @@ def test_peer_torchattacks_pgd_gives_the_same_images():
 
 
 def test_peer_timm_gives_the_same_logits(tmp_path):
-    require("timm", "1.0.31")
-    timm = pytest.importorskip("timm")
+    timm = import_peer("timm", "timm", "1.0.31")
     torch.manual_seed(SEED)
     network = asl_model.tresnet("tresnet_l", 10)
     with torch.no_grad():
